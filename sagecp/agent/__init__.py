@@ -1,0 +1,1 @@
+"""The daemon beside an engine: probes, registration, heartbeats."""

@@ -1,0 +1,1 @@
+"""The `sagecp` command line."""

@@ -1,0 +1,1 @@
+"""Does: asyncio, engines, health, monitoring. Feeds the core and performs its effects."""

@@ -1,0 +1,1 @@
+"""Clients for inference engines, behind the port in `base`."""

@@ -1,0 +1,249 @@
+"""The port to an inference engine: what the execution coordinator needs from one.
+
+An engine client turns an :class:`EngineCall` into HTTP (or another protocol),
+feeds every piece of output to a sink as it arrives, and returns an
+:class:`EngineOutcome` only when the engine said why it finished. Anything else
+raises an :class:`EngineError`: a bare end of stream is a failure.
+
+The sink is called synchronously from the transport's read callback, because a
+task switch per token would cost more than everything else on the token path.
+It must not block and must not raise.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class EngineApi(enum.Enum):
+    """Which of the engine's generation endpoints a call uses."""
+
+    COMPLETIONS = "/v1/completions"
+    CHAT_COMPLETIONS = "/v1/chat/completions"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEndpoint:
+    """Where an engine listens.
+
+    Attributes:
+        base_url: Scheme, host and port without a trailing slash, for example
+            ``http://127.0.0.1:8000``; ``https`` uses TLS.
+        api_key: Sent as a bearer token when not empty. Never logged.
+    """
+
+    base_url: str
+    api_key: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTimeouts:
+    """Bounds on an engine's silence, in seconds.
+
+    Attributes:
+        connect_s: From the call to an open connection.
+        first_token_s: From the request being sent to the first output
+            (covers the engine's own queue and the prefill).
+        inter_token_s: Between two pieces of output: a stopped engine keeps
+            its connections open, so only this detects it.
+    """
+
+    connect_s: float = 5.0
+    first_token_s: float = 300.0
+    inter_token_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCall:
+    """One generation call, ready to send.
+
+    Attributes:
+        api: The endpoint.
+        body: The JSON request body. The caller has set ``stream`` and
+            ``stream_options.include_usage``.
+        request_id: Sent as ``X-Request-Id``.
+        headers: Further headers, such as a trace context.
+        keep_raw: Keep each event's JSON in :attr:`EngineDelta.raw`, for callers
+            who speak the OpenAI protocol and want every field.
+    """
+
+    api: EngineApi
+    body: bytes = field(repr=False)
+    request_id: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    keep_raw: bool = False
+
+
+class EngineDelta:
+    """One piece of output for one choice. Plain slots: one is made per engine chunk.
+
+    Attributes:
+        choice_index: Which of the ``n`` choices.
+        text: New text; may be empty (a token that completes no character).
+        token_ids: New token ids, or ``None`` where the engine gives none.
+        token_count: Tokens in this piece: ``len(token_ids)`` when known, else 1
+            for a piece with content and 0 for one without.
+        finish_reason: ``stop``, ``length``, ``tool_calls``, ... on the last
+            piece of a choice, else ``""``.
+        stop_reason: The stop string, or the stop token id as text, when the engine names it.
+        raw: The event's JSON when the call asked for it, else ``None``. Set on
+            the first delta of an event only, so that concatenating them repeats nothing.
+    """
+
+    __slots__ = ("choice_index", "finish_reason", "raw", "stop_reason", "text", "token_count", "token_ids")
+
+    def __init__(
+        self,
+        choice_index: int,
+        text: str,
+        token_ids: Sequence[int] | None,
+        token_count: int,
+        finish_reason: str = "",
+        stop_reason: str = "",
+        raw: bytes | None = None,
+    ) -> None:
+        self.choice_index = choice_index
+        self.text = text
+        self.token_ids = token_ids
+        self.token_count = token_count
+        self.finish_reason = finish_reason
+        self.stop_reason = stop_reason
+        self.raw = raw
+
+
+class EngineSink(Protocol):
+    """Receives output as it arrives, synchronously, from the read callback."""
+
+    def on_deltas(self, deltas: Sequence[EngineDelta]) -> None:
+        """Take the pieces found in one read of the socket, in order (never empty)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutcome:
+    """A completed call.
+
+    Attributes:
+        finish_reasons: The finish reason of every choice, by choice index.
+        prompt_token_count: From the engine's usage, or ``None`` if it sent none.
+        completion_token_count: Likewise.
+        cached_token_count: Prompt tokens served from the prefix cache, or ``None``.
+    """
+
+    finish_reasons: tuple[str, ...]
+    prompt_token_count: int | None = None
+    completion_token_count: int | None = None
+    cached_token_count: int | None = None
+
+
+class EngineError(Exception):
+    """A call did not complete.
+
+    Attributes:
+        retryable: Whether another attempt, elsewhere, could succeed.
+        counts_against_engine: Whether a circuit breaker should count it:
+            transport errors and 5xx do, a 4xx never does.
+    """
+
+    retryable = True
+    counts_against_engine = True
+
+
+class EngineUnreachableError(EngineError):
+    """No connection: refused, reset before a response, name not found, connect timeout."""
+
+
+class EngineTimeoutError(EngineError):
+    """The engine was silent for too long.
+
+    Attributes:
+        phase: ``first_token`` or ``inter_token``.
+    """
+
+    def __init__(self, message: str, phase: str) -> None:
+        super().__init__(message)
+        self.phase = phase
+
+
+class EngineRejectedError(EngineError):
+    """The engine answered with a 4xx: the request itself is at fault.
+
+    Attributes:
+        status: The HTTP status.
+        parameter: The field the engine blames, or ``""``.
+    """
+
+    retryable = False
+    counts_against_engine = False
+
+    def __init__(self, message: str, status: int, parameter: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.parameter = parameter
+
+
+class EngineFailedError(EngineError):
+    """The engine answered with a 5xx, or sent an error inside a 200 stream.
+
+    Attributes:
+        status: The HTTP status (200 for an error inside a stream).
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EngineOverloadedError(EngineError):
+    """The engine refused because it is full (429, or 503 of its own queue bound): try elsewhere or later.
+
+    Attributes:
+        status: The HTTP status.
+    """
+
+    counts_against_engine = False
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EngineStreamBrokenError(EngineError):
+    """The stream ended without a finish reason, finished with ``abort``, or was not understood."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """The answer of a health probe.
+
+    Attributes:
+        healthy: Whether ``/health`` answered 200 in time.
+        latency_s: How long the answer took.
+        detail: Why not healthy, in a sentence, else ``""``.
+    """
+
+    healthy: bool
+    latency_s: float
+    detail: str = ""
+
+
+class EngineClient(Protocol):
+    """A client for one engine."""
+
+    async def generate(self, call: EngineCall, sink: EngineSink, timeouts: EngineTimeouts) -> EngineOutcome:
+        """Run one call to its end.
+
+        Cancelling the awaiting task closes the connection at once, which makes
+        the engine stop its work.
+
+        Raises:
+            EngineError: The call did not complete; the subclass says how.
+        """
+
+    async def health(self, timeout_s: float) -> EngineHealth:
+        """Probe the engine; never raises for an engine that is down."""
+
+    async def close(self) -> None:
+        """Close every connection. Idempotent; calls in progress fail."""

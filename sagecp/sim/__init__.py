@@ -1,0 +1,1 @@
+"""Simulated engines, and later the virtual-time simulator that drives the core."""
