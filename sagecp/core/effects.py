@@ -1,0 +1,90 @@
+"""What the core wants done: the outputs of :meth:`Scheduler.handle`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sagecp.core.errors import Failure, SageError
+from sagecp.core.request import RequestRecord
+from sagecp.core.types import InstanceState, RequestState, SchedulingDecision
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAccepted:
+    """The request waits, or is dispatched by a later effect of the same step."""
+
+    record: RequestRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRejected:
+    """The request was refused and is not known to the core."""
+
+    request_id: str
+    error: SageError
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchAttempt:
+    """Run the request on the instance."""
+
+    record: RequestRecord
+    epoch: int
+    instance_id: str
+    decision: SchedulingDecision
+
+
+@dataclass(frozen=True, slots=True)
+class AbortAttempt:
+    """Stop the engine's work for the request, at once."""
+
+    request_id: str
+    epoch: int
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRequeued:
+    """An attempt was lost; the request waits for another."""
+
+    record: RequestRecord
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """The request reached its one terminal state and is no longer known to the core."""
+
+    record: RequestRecord
+    state: RequestState
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceChanged:
+    """An instance changed its state. ``previous`` ``None``: it joined."""
+
+    instance_id: str
+    state: InstanceState
+    previous: InstanceState | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRemoved:
+    """An instance is gone."""
+
+    instance_id: str
+    reason: str
+
+
+Effect = (
+    RequestAccepted
+    | RequestRejected
+    | DispatchAttempt
+    | AbortAttempt
+    | RequestRequeued
+    | RequestEnded
+    | InstanceChanged
+    | InstanceRemoved
+)

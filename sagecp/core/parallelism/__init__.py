@@ -1,0 +1,1 @@
+"""Parallelism planning: how to spread a model over GPUs."""

@@ -1,0 +1,1 @@
+"""Scheduling policies: the order of waiting requests. One module each."""

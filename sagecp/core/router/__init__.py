@@ -1,0 +1,1 @@
+"""Placement: which instance gets the next request. One module per strategy and balancer."""

@@ -1,0 +1,1 @@
+"""Load balancers: scores behind the `load_balanced` strategy. One module each."""

@@ -1,0 +1,456 @@
+"""The brain: one state machine over requests and instances.
+
+:meth:`Scheduler.handle` is the only thing that changes state. Events go in,
+effects come out; the runtime performs the effects and feeds what happens back
+as new events. The simulator uses the same door with a virtual clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from typing import Any
+
+from sagecp.core import effects as fx
+from sagecp.core import events as ev
+from sagecp.core.config import SchedulerConfig
+from sagecp.core.deadlines import DeadlineHeap
+from sagecp.core.errors import (
+    ErrorReason,
+    Failure,
+    IllegalTransitionError,
+    ModelNotFoundError,
+    RequestIdConflictError,
+    RequestNotFoundError,
+    SageError,
+)
+from sagecp.core.fleet import Fleet, InstanceRecord
+from sagecp.core.policies.registry import SCHEDULING_POLICIES
+from sagecp.core.request import RequestRecord
+from sagecp.core.request_queue import RequestQueue
+from sagecp.core.router.registry import make_strategy
+from sagecp.core.types import (
+    EngineCondition,
+    FailoverMode,
+    InstanceState,
+    RequestState,
+    SchedulingDecision,
+)
+
+
+class Scheduler:
+    """Decides which request runs where, and when.
+
+    Not thread-safe; one event loop owns it.
+
+    Args:
+        config: Bounds and names.
+
+    Raises:
+        UnknownNameError: A name of the configuration is not known.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self._random = random.Random(config.seed)
+        self._policy = SCHEDULING_POLICIES.get(config.scheduling_policy)()
+        self._strategy = make_strategy(config.routing_strategy, config.load_balancer, self._random)
+        self.scheduling_policy = config.scheduling_policy
+        self.routing_strategy = config.routing_strategy
+        self.load_balancer = config.load_balancer
+        self.config_version = 1
+        self.fleet = Fleet(config.max_instance_count, config.default_concurrency_limit)
+        self.queue = RequestQueue(self._policy, config.max_queued_request_count, config.max_queued_bytes)
+        self._requests: dict[str, RequestRecord] = {}
+        # Deadlines, and the longest wait of requests without one.
+        self._deadlines = DeadlineHeap()
+        # (time, instance id, incarnation): when a LOST instance is forgotten.
+        self._forgets: list[tuple[float, str, int]] = []
+        self._arrival_sequence = 0
+        self._dispatch_sequence = 0
+        # Exponentially weighted completions per second, for truthful retry delays.
+        self._last_completion_s: float | None = None
+        self._completion_interval_s = 1.0
+        self._handlers: dict[type, Callable[[Any, float, list[fx.Effect]], None]] = {
+            ev.RequestArrived: self._on_request_arrived,
+            ev.RequestCancelled: self._on_request_cancelled,
+            ev.RequestAborted: self._on_request_aborted,
+            ev.AttemptProgressed: self._on_attempt_progressed,
+            ev.AttemptSucceeded: self._on_attempt_succeeded,
+            ev.AttemptFailed: self._on_attempt_failed,
+            ev.InstanceRegistered: self._on_instance_registered,
+            ev.InstanceDeregistered: self._on_instance_deregistered,
+            ev.HeartbeatReceived: self._on_heartbeat,
+            ev.HealthProbed: self._on_health_probed,
+            ev.DrainRequested: self._on_drain_requested,
+            ev.SchedulingConfigured: self._on_scheduling_configured,
+            ev.ClockAdvanced: self._on_clock_advanced,
+        }
+
+    # -- reading ---------------------------------------------------------------
+
+    def find_request(self, request_id: str) -> RequestRecord | None:
+        """Return a live request, or ``None`` when it ended or never was."""
+        return self._requests.get(request_id)
+
+    @property
+    def active_count(self) -> int:
+        """Requests on engines."""
+        return len(self._requests) - len(self.queue)
+
+    @property
+    def live_count(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    def next_timer_s(self) -> float | None:
+        """Return when :class:`ClockAdvanced` is next worth sending, or ``None``."""
+        times = [
+            self._deadlines.next_s(self._requests),
+            self.fleet.next_lease_expiry_s(),
+            self._forgets[0][0] if self._forgets else None,
+        ]
+        return min((time_s for time_s in times if time_s is not None), default=None)
+
+    # -- the one door ------------------------------------------------------------
+
+    def handle(self, event: ev.Event, now: float) -> list[fx.Effect]:
+        """Apply one event and return the work it implies, in order.
+
+        Args:
+            event: What happened.
+            now: Seconds on a monotonic clock; never smaller than before.
+
+        Raises:
+            SageError: The event names something unknown or impossible. Nothing has changed.
+        """
+        effects: list[fx.Effect] = []
+        self._handlers[type(event)](event, now, effects)
+        if len(self.queue):
+            self._dispatch(now, effects)
+        return effects
+
+    # -- requests ----------------------------------------------------------------
+
+    def _on_request_arrived(self, event: ev.RequestArrived, now: float, effects: list[fx.Effect]) -> None:
+        metadata = event.metadata
+        if metadata.request_id in self._requests:
+            raise RequestIdConflictError(metadata.request_id)
+        try:
+            model = self._resolve_model(metadata.model_name)
+            record = RequestRecord(metadata, model, self._arrival_sequence + 1, now)
+            self.queue.check_room(record.size_bytes, self._retry_after_s())
+        except SageError as error:
+            effects.append(fx.RequestRejected(metadata.request_id, error))
+            return
+        self._arrival_sequence += 1
+        self._requests[metadata.request_id] = record
+        self.queue.push(record)
+        self._watch_deadline(record, now)
+        effects.append(fx.RequestAccepted(record))
+
+    def _on_request_cancelled(self, event: ev.RequestCancelled, now: float, effects: list[fx.Effect]) -> None:
+        record = self._requests.get(event.request_id)
+        if record is None:
+            raise RequestNotFoundError(event.request_id)
+        cause = f": {event.cause}" if event.cause else ""
+        failure = Failure(ErrorReason.REQUEST_CANCELLED, f"the request was cancelled{cause}")
+        self._end(record, RequestState.CANCELLED, failure, effects)
+
+    def _on_request_aborted(self, event: ev.RequestAborted, now: float, effects: list[fx.Effect]) -> None:
+        record = self._requests.get(event.request_id)
+        if record is not None:
+            self._end(record, RequestState.FAILED, event.failure, effects)
+
+    def _on_attempt_progressed(
+        self, event: ev.AttemptProgressed, now: float, effects: list[fx.Effect]
+    ) -> None:
+        record = self._current(event.request_id, event.epoch)
+        if record is None or record.delivered:
+            return
+        record.delivered = True
+        record.machine.to(RequestState.RUNNING)
+        if record.first_token_s is None:
+            record.first_token_s = now
+
+    def _on_attempt_succeeded(self, event: ev.AttemptSucceeded, now: float, effects: list[fx.Effect]) -> None:
+        record = self._current(event.request_id, event.epoch)
+        if record is None:
+            return
+        instance = self.fleet.find(record.instance_id)
+        if instance is not None and record.dispatch_s is not None:
+            instance.completed_request_count += 1
+            ttft_s = None if record.first_token_s is None else record.first_token_s - record.dispatch_s
+            instance.learn(now - record.dispatch_s, ttft_s)
+        self._note_completion(now)
+        self._end(record, RequestState.SUCCEEDED, None, effects)
+
+    def _on_attempt_failed(self, event: ev.AttemptFailed, now: float, effects: list[fx.Effect]) -> None:
+        record = self._current(event.request_id, event.epoch)
+        if record is None:
+            return
+        instance = self.fleet.find(record.instance_id)
+        if instance is not None and event.counts_against_engine:
+            instance.failed_attempt_count += 1
+        if instance is not None and event.engine_down and instance.state is InstanceState.READY:
+            self._move(instance, InstanceState.UNHEALTHY, event.failure.message, effects)
+        mode = record.metadata.failover_mode
+        # Continuing from delivered tokens needs a journal of them, which this core does not keep yet.
+        if (
+            not event.retryable
+            or record.delivered
+            or mode is FailoverMode.FAIL
+            or record.epoch >= self.config.max_attempt_count
+        ):
+            self._end(record, RequestState.FAILED, event.failure, effects)
+            return
+        if instance is not None:
+            instance.release(record)
+        record.excluded_instance_ids.add(record.instance_id)
+        record.machine.to(RequestState.QUEUED)
+        self.queue.push(record)
+        if record.deadline_s is None:
+            self._watch_deadline(record, now)
+        effects.append(fx.RequestRequeued(record, event.failure))
+
+    def _current(self, request_id: str, epoch: int) -> RequestRecord | None:
+        """Return the request if this attempt is still its present one: late news is no news."""
+        record = self._requests.get(request_id)
+        return record if record is not None and record.epoch == epoch and not record.queued else None
+
+    def _end(
+        self, record: RequestRecord, state: RequestState, failure: Failure | None, effects: list[fx.Effect]
+    ) -> None:
+        if record.queued:
+            self.queue.remove(record)
+        elif state is not RequestState.SUCCEEDED and not (failure and failure.reason in _ENGINE_ENDED):
+            effects.append(fx.AbortAttempt(record.request_id, record.epoch, record.instance_id))
+        record.machine.to(state)
+        del self._requests[record.request_id]
+        effects.append(fx.RequestEnded(record, state, failure))
+        # Last: releasing the place may complete a drain, which is news of its own.
+        instance = self.fleet.find(record.instance_id)
+        if instance is not None:
+            instance.release(record)
+            self._finish_drain(instance, effects)
+
+    def _resolve_model(self, model: str) -> str:
+        if self.fleet.serves(model):
+            return model
+        if not model:
+            primary = {instance.spec.model_name for instance in self.fleet}
+            if len(primary) == 1:
+                return primary.pop()
+        raise ModelNotFoundError(model, self.fleet.models())
+
+    def _retry_after_s(self) -> float:
+        """Return when a place in the queue should be free: one completion frees one place."""
+        return min(60.0, max(0.1, self._completion_interval_s))
+
+    def _note_completion(self, now: float) -> None:
+        if self._last_completion_s is not None:
+            interval_s = now - self._last_completion_s
+            self._completion_interval_s += 0.1 * (interval_s - self._completion_interval_s)
+        self._last_completion_s = now
+
+    # -- dispatch ----------------------------------------------------------------
+
+    def _dispatch(self, now: float, effects: list[fx.Effect]) -> None:
+        """Send out every request that an instance has room for, the most urgent first."""
+        for model in self.queue.models():
+            instances = self.fleet.serving(model)
+            while (record := self.queue.head(model)) is not None:
+                candidates = [i for i in instances if i.has_room_for(record)]
+                if not candidates:
+                    break
+                untried = [i for i in candidates if i.instance_id not in record.excluded_instance_ids]
+                if untried:
+                    candidates = untried
+                elif any(
+                    i.state is InstanceState.READY and i.instance_id not in record.excluded_instance_ids
+                    for i in instances
+                ):
+                    # A better instance is only busy: wait for it rather than go back.
+                    break
+                self._place(record, candidates, now, effects)
+
+    def _place(
+        self, record: RequestRecord, candidates: list[InstanceRecord], now: float, effects: list[fx.Effect]
+    ) -> None:
+        placement = self._strategy.place(record, candidates)
+        instance = self.fleet.get(placement.instance_id)
+        record.epoch += 1
+        decision = SchedulingDecision(
+            request_id=record.request_id,
+            epoch=record.epoch,
+            instance_id=placement.instance_id,
+            decision_time_s=now,
+            queue_wait_s=now - record.arrival_s,
+            scheduling_policy=self.scheduling_policy,
+            routing_strategy=self.routing_strategy,
+            load_balancer=self.load_balancer,
+            config_version=self.config_version,
+            reason=f"{self._policy.explain(record)}; {placement.reason}",
+            candidates=placement.scores,
+            candidate_count=len(candidates),
+        )
+        self.queue.remove(record)
+        record.machine.to(RequestState.DISPATCHED)
+        record.instance_id = placement.instance_id
+        record.dispatch_s = now
+        record.delivered = False
+        record.decisions.append(decision)
+        self._dispatch_sequence += 1
+        instance.take(record, self._dispatch_sequence)
+        effects.append(fx.DispatchAttempt(record, record.epoch, placement.instance_id, decision))
+
+    # -- instances ---------------------------------------------------------------
+
+    def _on_instance_registered(
+        self, event: ev.InstanceRegistered, now: float, effects: list[fx.Effect]
+    ) -> None:
+        record, previous = self.fleet.add(event.instance, event.incarnation, now)
+        if previous is not None:
+            # The same engine as far as its open connections go: what runs, runs on.
+            record.in_flight = previous.in_flight
+            record.reserved_token_count = previous.reserved_token_count
+            record.latency_estimate_s = previous.latency_estimate_s
+            record.ttft_estimate_s = previous.ttft_estimate_s
+            record.last_dispatch_sequence = previous.last_dispatch_sequence
+            record.completed_request_count = previous.completed_request_count
+            record.failed_attempt_count = previous.failed_attempt_count
+        effects.append(fx.InstanceChanged(record.instance_id, record.state, None, "registered"))
+        if event.incarnation:
+            self.fleet.extend_lease(record, now + self.config.lease_duration_s)
+        self._follow_condition(record, event.condition, "", effects)
+
+    def _on_instance_deregistered(
+        self, event: ev.InstanceDeregistered, now: float, effects: list[fx.Effect]
+    ) -> None:
+        record = self.fleet.get(event.instance_id, event.incarnation)
+        self.fleet.remove(record)
+        effects.append(fx.InstanceRemoved(event.instance_id, event.cause or "deregistered"))
+
+    def _on_heartbeat(self, event: ev.HeartbeatReceived, now: float, effects: list[fx.Effect]) -> None:
+        record = self.fleet.get(event.instance_id, event.incarnation)
+        record.heartbeat_s = now
+        record.gpus = event.gpus
+        record.gpu_absent_reason = event.gpu_absent_reason
+        record.follow_gauges(event.gauges)
+        self.fleet.extend_lease(record, now + self.config.lease_duration_s)
+        self._follow_condition(record, event.condition, event.condition_reason, effects)
+
+    def _on_health_probed(self, event: ev.HealthProbed, now: float, effects: list[fx.Effect]) -> None:
+        record = self.fleet.find(event.instance_id)
+        if record is not None:
+            self._follow_condition(record, event.condition, event.condition_reason, effects)
+
+    def _on_drain_requested(self, event: ev.DrainRequested, now: float, effects: list[fx.Effect]) -> None:
+        record = self.fleet.get(event.instance_id)
+        if event.undo:
+            if record.state not in {InstanceState.DRAINING, InstanceState.DRAINED}:
+                raise IllegalTransitionError(
+                    f"instance {event.instance_id!r}", record.machine.history, InstanceState.READY
+                )
+            self._move(record, InstanceState.READY, "drain undone", effects)
+        elif record.state not in {InstanceState.DRAINING, InstanceState.DRAINED}:
+            self._move(record, InstanceState.DRAINING, "drain requested", effects)
+            self._finish_drain(record, effects)
+
+    def _finish_drain(self, record: InstanceRecord, effects: list[fx.Effect]) -> None:
+        if record.state is InstanceState.DRAINING and record.in_flight_count == 0:
+            self._move(record, InstanceState.DRAINED, "no request is left on it", effects)
+
+    def _follow_condition(
+        self, record: InstanceRecord, condition: EngineCondition, reason: str, effects: list[fx.Effect]
+    ) -> None:
+        """Let an instance follow the health of its engine. A drain outlasts health."""
+        if record.state in {InstanceState.DRAINING, InstanceState.DRAINED}:
+            return
+        if condition is EngineCondition.HEALTHY:
+            target, why = InstanceState.READY, "the engine answers"
+        elif condition is EngineCondition.UNHEALTHY:
+            target, why = InstanceState.UNHEALTHY, reason or "the engine does not answer"
+        elif condition is EngineCondition.STARTING and record.state is not InstanceState.READY:
+            target, why = InstanceState.STARTING, reason or "the engine is loading"
+        elif record.state is InstanceState.LOST:
+            target, why = InstanceState.STARTING, "the agent is back"
+        else:
+            return
+        if record.state is not target:
+            self._move(record, target, why, effects)
+        elif reason:
+            record.state_reason = reason
+
+    def _move(
+        self, record: InstanceRecord, target: InstanceState, reason: str, effects: list[fx.Effect]
+    ) -> None:
+        previous = record.state
+        record.machine.to(target)
+        record.state_reason = reason
+        effects.append(fx.InstanceChanged(record.instance_id, target, previous, reason))
+
+    # -- configuration and time ----------------------------------------------------
+
+    def _on_scheduling_configured(
+        self, event: ev.SchedulingConfigured, now: float, effects: list[fx.Effect]
+    ) -> None:
+        # Both first: a bad name must leave everything as it is.
+        policy = SCHEDULING_POLICIES.get(event.scheduling_policy)()
+        strategy = make_strategy(event.routing_strategy, event.load_balancer, self._random)
+        self._policy, self._strategy = policy, strategy
+        self.scheduling_policy = event.scheduling_policy
+        self.routing_strategy = event.routing_strategy
+        self.load_balancer = event.load_balancer
+        self.config_version += 1
+        self.queue.reorder(policy)
+
+    def _on_clock_advanced(self, event: ev.ClockAdvanced, now: float, effects: list[fx.Effect]) -> None:
+        for instance in self.fleet.pop_expired(now):
+            if instance.state is not InstanceState.LOST:
+                self._move(
+                    instance,
+                    InstanceState.LOST,
+                    f"no heartbeat for {self.config.lease_duration_s:g} s",
+                    effects,
+                )
+            forget_s = now + self.config.lost_retention_s
+            heapq.heappush(self._forgets, (forget_s, instance.instance_id, instance.incarnation))
+        while self._forgets and self._forgets[0][0] <= now:
+            _, instance_id, incarnation = heapq.heappop(self._forgets)
+            lost = self.fleet.find(instance_id)
+            if lost is not None and lost.incarnation == incarnation and lost.state is InstanceState.LOST:
+                self.fleet.remove(lost)
+                effects.append(fx.InstanceRemoved(instance_id, "lost and not seen again"))
+        for record in self._deadlines.pop_due(now, self._requests):
+            self._expire(record, effects)
+
+    def _watch_deadline(self, record: RequestRecord, now: float) -> None:
+        expire_s = record.deadline_s if record.deadline_s is not None else now + self.config.queue_timeout_s
+        self._deadlines.add(expire_s, record.request_id, self._requests)
+
+    def _expire(self, record: RequestRecord, effects: list[fx.Effect]) -> None:
+        if record.deadline_s is not None:
+            message = f"the deadline of {(record.deadline_s - record.arrival_s) * 1000:.0f} ms passed"
+            where = "while it waited" if record.queued else f"while it ran on {record.instance_id}"
+            message = f"{message} {where}"
+        elif record.queued:
+            message = (
+                f"it waited {self.config.queue_timeout_s:g} s "
+                f"and no instance that serves {record.model!r} had room"
+            )
+        else:
+            return  # It left the queue in time and has no deadline.
+        self._end(record, RequestState.EXPIRED, Failure(ErrorReason.DEADLINE_EXCEEDED, message), effects)
+
+
+# Failures after which the engine has nothing left to abort.
+_ENGINE_ENDED = frozenset(
+    {
+        ErrorReason.ENGINE_REJECTED,
+        ErrorReason.ENGINE_FAILED,
+        ErrorReason.ENGINE_TIMEOUT,
+        ErrorReason.ENGINE_UNREACHABLE,
+    }
+)
