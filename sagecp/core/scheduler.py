@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sagecp.core import effects as fx
@@ -93,6 +93,10 @@ class Scheduler:
     def find_request(self, request_id: str) -> RequestRecord | None:
         """Return a live request, or ``None`` when it ended or never was."""
         return self._requests.get(request_id)
+
+    def requests(self) -> Iterable[RequestRecord]:
+        """Return every live request, oldest first."""
+        return self._requests.values()
 
     @property
     def active_count(self) -> int:

@@ -68,6 +68,7 @@ class EngineCall:
         headers: Further headers, such as a trace context.
         keep_raw: Keep each event's JSON in :attr:`EngineDelta.raw`, for callers
             who speak the OpenAI protocol and want every field.
+        expected_choice_count: How many choices must finish before the call is complete.
     """
 
     api: EngineApi
@@ -75,6 +76,7 @@ class EngineCall:
     request_id: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     keep_raw: bool = False
+    expected_choice_count: int = 1
 
 
 class EngineDelta:

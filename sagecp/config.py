@@ -1,0 +1,273 @@
+"""Configuration, validated once and then frozen.
+
+A TOML file has one table per class below; command-line flags win over it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import math
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sagecp.core.config import SchedulerConfig
+from sagecp.core.errors import FieldViolation, InvalidRequestError
+
+DEFAULT_PORT = 50051
+
+
+class ConfigError(InvalidRequestError):
+    """The configuration is not usable; names every bad setting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How the control plane talks to engines. Times in seconds.
+
+    Attributes:
+        connect_timeout_s: From the call to an open connection.
+        first_token_timeout_s: From the request being sent to its first output.
+        inter_token_timeout_s: Between two pieces of output.
+        health_timeout_s: For a health probe.
+        token_ids: Ask engines for token ids beside the text.
+    """
+
+    connect_timeout_s: float = 5.0
+    first_token_timeout_s: float = 300.0
+    inter_token_timeout_s: float = 60.0
+    health_timeout_s: float = 5.0
+    token_ids: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeConfig:
+    """Loops and bounds of the runtime. Times in seconds.
+
+    Attributes:
+        scheduling_interval_s: Safety net behind event-driven scheduling.
+        health_interval_s: Between probes of instances without an agent.
+        monitoring_interval_s: Between measurements of the event loop's lag.
+        heartbeat_interval_s: What agents are told.
+        drain_timeout_s: How long running streams may go on after SIGTERM.
+        retained_request_count: Most ended requests kept for GetRequest and Stream.
+        retained_bytes: Most bytes of output kept for ended requests.
+        retention_s: How long an ended request is kept.
+        token_coalescing_window_s: After the first chunk, how long a stream may
+            collect tokens before it sends them. 0 sends at once; 0.05 to 0.1
+            saves the server about half its CPU per paced token.
+        max_streams_per_request: Most readers of one request at once.
+    """
+
+    scheduling_interval_s: float = 0.1
+    health_interval_s: float = 10.0
+    monitoring_interval_s: float = 5.0
+    heartbeat_interval_s: float = 1.0
+    drain_timeout_s: float = 30.0
+    retained_request_count: int = 10_000
+    retained_bytes: int = 256 << 20
+    retention_s: float = 3600.0
+    token_coalescing_window_s: float = 0.0
+    max_streams_per_request: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsConfig:
+    """TLS of the gRPC port. All empty: plaintext.
+
+    Attributes:
+        certificate_file: PEM chain of the server.
+        private_key_file: PEM key of the server.
+        client_ca_file: PEM of the authorities whose client certificates are
+            required (mTLS). Empty: no client certificate is asked for.
+    """
+
+    certificate_file: str = ""
+    private_key_file: str = ""
+    client_ca_file: str = ""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the port speaks TLS."""
+        return bool(self.certificate_file)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Everything `sagecp serve` needs.
+
+    Attributes:
+        listen: Host and port; port 0 takes a free one. Only loopback unless
+            TLS is on or ``insecure_listen`` is set.
+        insecure_listen: Allow plaintext on an address that others can reach.
+        metrics_listen: Host and port of the Prometheus endpoint; empty: none.
+        log_level: ``debug``, ``info``, ``warning`` or ``error``.
+        log_format: ``json``, ``console`` or ``auto``.
+        max_message_bytes: Largest message accepted.
+        max_concurrent_rpcs: Most RPCs at once; further ones get RESOURCE_EXHAUSTED.
+        max_connections: Most connections at once.
+    """
+
+    listen: str = f"127.0.0.1:{DEFAULT_PORT}"
+    insecure_listen: bool = False
+    metrics_listen: str = ""
+    log_level: str = "info"
+    log_format: str = "auto"
+    max_message_bytes: int = 4 << 20
+    max_concurrent_rpcs: int = 40_000
+    max_connections: int = 12_000
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def validate(self) -> ServerConfig:
+        """Return self if every setting is usable.
+
+        Raises:
+            ConfigError: Names every setting that is not.
+        """
+        violations: list[FieldViolation] = []
+        host = _check_address("listen", self.listen, violations)
+        if host and not is_loopback(host) and not self.tls.enabled and not self.insecure_listen:
+            violations.append(
+                FieldViolation(
+                    "listen",
+                    f"{self.listen} can be reached by others and has no TLS; give a certificate and key "
+                    "(--tls-cert, --tls-key), listen on 127.0.0.1, or accept the risk with --insecure-listen",
+                )
+            )
+        if self.metrics_listen:
+            _check_address("metrics_listen", self.metrics_listen, violations)
+        if bool(self.tls.certificate_file) != bool(self.tls.private_key_file):
+            violations.append(
+                FieldViolation("tls", "a certificate and its private key go together; give both")
+            )
+        if self.tls.client_ca_file and not self.tls.certificate_file:
+            violations.append(
+                FieldViolation("tls.client_ca_file", "needs the server's own certificate and key")
+            )
+        for name in ("certificate_file", "private_key_file", "client_ca_file"):
+            path = getattr(self.tls, name)
+            if path and not Path(path).is_file():
+                violations.append(FieldViolation(f"tls.{name}", f"{path} is not a file that can be read"))
+        for prefix, section in (
+            ("", self),
+            ("runtime.", self.runtime),
+            ("engine.", self.engine),
+            ("scheduler.", self.scheduler),
+        ):
+            violations += _check_numbers(prefix, section)
+        if self.log_level not in {"debug", "info", "warning", "error"}:
+            violations.append(
+                FieldViolation("log_level", f"{self.log_level!r}; choose debug, info, warning or error")
+            )
+        if self.log_format not in {"json", "console", "auto"}:
+            violations.append(
+                FieldViolation("log_format", f"{self.log_format!r}; choose json, console or auto")
+            )
+        if violations:
+            raise ConfigError(violations)
+        return self
+
+
+_ZERO_ALLOWED = {
+    "drain_timeout_s",
+    "token_coalescing_window_s",
+    "seed",
+    "retained_request_count",
+    "retained_bytes",
+}
+
+
+def _check_numbers(prefix: str, section: Any) -> list[FieldViolation]:  # noqa: ANN401 - any section
+    violations = []
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        low_is_fine = item.name in _ZERO_ALLOWED
+        if math.isnan(value) or value < 0 or (value == 0 and not low_is_fine):
+            bound = "0 or more" if low_is_fine else "above 0"
+            violations.append(FieldViolation(f"{prefix}{item.name}", f"is {value}; must be {bound}"))
+    return violations
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split ``host:port`` or ``[host]:port``.
+
+    Raises:
+        ValueError: The text is not an address.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{address!r} is not HOST:PORT, for example 127.0.0.1:{DEFAULT_PORT}")
+    if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
+        raise ValueError(f"{address!r}: put an IPv6 address in brackets, for example [::1]:{DEFAULT_PORT}")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address can only be reached from this machine."""
+    if host in {"localhost", "ip6-localhost"}:
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_address(name: str, address: str, violations: list[FieldViolation]) -> str:
+    try:
+        return split_address(address)[0]
+    except ValueError as error:
+        violations.append(FieldViolation(name, str(error)))
+        return ""
+
+
+def load_config(path: Path) -> ServerConfig:
+    """Read a TOML file. Not validated yet: flags may still change it.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds an unknown or mistyped setting.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError([FieldViolation(str(path), f"cannot be read as TOML: {error}")]) from error
+    violations: list[FieldViolation] = []
+    config = _build(ServerConfig, tables, "", violations)
+    if violations:
+        raise ConfigError(violations)
+    return typing.cast("ServerConfig", config)
+
+
+def _build(
+    kind: type[Any], table: Mapping[str, Any], prefix: str, violations: list[FieldViolation]
+) -> object:
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        expected = hints.get(name)
+        where = f"{prefix}{name}"
+        if expected is None:
+            known = ", ".join(sorted(hints))
+            violations.append(FieldViolation(where, f"is not a setting; known here: {known}"))
+        elif dataclasses.is_dataclass(expected):
+            if isinstance(value, Mapping):
+                values[name] = _build(typing.cast("type[Any]", expected), value, f"{where}.", violations)
+            else:
+                violations.append(FieldViolation(where, f"must be a table [{where}]"))
+        elif expected is float and isinstance(value, int) and not isinstance(value, bool):
+            values[name] = float(value)
+        elif type(value) is not expected:
+            violations.append(
+                FieldViolation(where, f"must be {expected.__name__}, and is {type(value).__name__} {value!r}")
+            )
+        else:
+            values[name] = value
+    return kind(**values) if not violations else None

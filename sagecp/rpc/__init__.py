@@ -1,0 +1,1 @@
+"""Speaks gRPC: converts, maps errors, serves. Decides nothing."""

@@ -1,0 +1,1 @@
+"""Between wire messages and the library's values. Wire messages stop here."""

@@ -1,0 +1,142 @@
+"""One interceptor around every call of our services.
+
+It gives the call an id, maps errors to statuses with details, and tells
+observers (access log, metrics) how the call went. One wrapper instead of four:
+each layer of a grpc.aio interceptor costs every call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import grpc
+from grpc_status import rpc_status
+
+from sagecp.core.errors import RequestFailedError, SageError
+from sagecp.rpc.errors import status_code_of, to_status
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+_MAX_REQUEST_ID_LENGTH = 128
+_OUR_PREFIX = "/sagecp."
+
+
+class CallInfo:
+    """One call, as observers see it.
+
+    Attributes:
+        method: Full name, such as ``/sagecp.v1.InferenceService/Submit``.
+        rpc_id: From the caller's ``x-request-id``, else made here.
+        peer: Address of the caller.
+        code: Status it ended with.
+        reason: Stable reason of an error, or ``""``.
+        duration_s: From start to end.
+    """
+
+    __slots__ = ("code", "duration_s", "method", "peer", "reason", "rpc_id")
+
+    def __init__(self, method: str, rpc_id: str, peer: str) -> None:
+        self.method = method
+        self.rpc_id = rpc_id
+        self.peer = peer
+        self.code = grpc.StatusCode.OK
+        self.reason = ""
+        self.duration_s = 0.0
+
+
+class CallObserver(Protocol):
+    """Is told about calls. Must not raise and must be cheap."""
+
+    def started(self, call: CallInfo) -> None:
+        """A call begins."""
+
+    def finished(self, call: CallInfo) -> None:
+        """A call ended; code, reason and duration are set."""
+
+
+Handler = Callable[[Any, Any], Awaitable[Any]]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of our services once, and reuses the wrapper."""
+
+    def __init__(self, observers: Sequence[CallObserver]) -> None:
+        self._observers = tuple(observers)
+        self._wrapped: dict[str, Any] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:  # noqa: ANN401 - a grpc.RpcMethodHandler or None
+        """Return the wrapped handler of the method."""
+        method = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None or not method.startswith(_OUR_PREFIX):
+                return handler  # Unknown methods are never kept: anybody can invent names.
+            wrapped = self._wrapped[method] = self._wrap(method, handler)
+        return wrapped
+
+    def _wrap(self, method: str, handler: Any) -> Any:  # noqa: ANN401 - a grpc.RpcMethodHandler
+        kind = f"{'stream' if handler.request_streaming else 'unary'}_" + (
+            "stream" if handler.response_streaming else "unary"
+        )
+        inner: Handler = getattr(handler, kind)
+        return getattr(grpc, f"{kind}_rpc_method_handler")(
+            self._around(method, inner), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _around(self, method: str, inner: Handler) -> Handler:
+        observers = self._observers
+
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: ANN401
+            info = CallInfo(method, _rpc_id(context), context.peer())
+            context.set_trailing_metadata(((REQUEST_ID_HEADER, info.rpc_id),))
+            started_s = time.perf_counter()
+            for observer in observers:
+                observer.started(info)
+            try:
+                return await inner(request, context)
+            except asyncio.CancelledError:
+                info.code = grpc.StatusCode.CANCELLED
+                raise
+            except SageError as error:
+                info.code, info.reason = status_code_of(error.reason), error.reason.name
+                await _abort(context, error, info.rpc_id)
+            except grpc.aio.AbortError:
+                info.code = context.code() or grpc.StatusCode.UNKNOWN
+                raise
+            except Exception:
+                info.code, info.reason = grpc.StatusCode.INTERNAL, "INTERNAL"
+                logger.exception("call crashed", extra={"method": method, "rpc_id": info.rpc_id})
+                message = f"the server failed to handle the call; its log has the details under {info.rpc_id}"
+                await _abort(context, SageError(message), info.rpc_id)
+            finally:
+                info.duration_s = time.perf_counter() - started_s
+                for observer in observers:
+                    observer.finished(info)
+
+        return call
+
+
+def _rpc_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_HEADER and isinstance(value, str) and value.isprintable():
+            return value[:_MAX_REQUEST_ID_LENGTH]
+    return secrets.token_hex(8)
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SageError, rpc_id: str) -> None:
+    if isinstance(error, RequestFailedError):
+        error.metadata.setdefault("scope", "request")
+    status = rpc_status.to_status(to_status(error, rpc_id))
+    trailing = (*status.trailing_metadata, (REQUEST_ID_HEADER, rpc_id))
+    await context.abort(status.code, status.details, trailing)

@@ -1,0 +1,139 @@
+"""`FleetService`: for agents and operators."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from sagecp.core.errors import FieldViolation, InvalidRequestError, NotImplementedYetError
+from sagecp.core.fleet import InstanceRecord
+from sagecp.core.types import InstanceState
+from sagecp.rpc.convert.common import duration
+from sagecp.rpc.convert.fleet import (
+    heartbeat_from_proto,
+    instance_from_proto,
+    instance_to_proto,
+    states_from_proto,
+)
+from sagecp.rpc.servicers.inference import page_size
+from sagecp.runtime.manager import ControlPlaneManager
+from sagecp.v1 import fleet_service_pb2 as pb
+from sagecp.v1 import fleet_service_pb2_grpc, instance_pb2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+MAX_HEARTBEAT_BYTES = 64 << 10
+
+
+class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
+    """Answers `FleetService` from a manager."""
+
+    def __init__(self, manager: ControlPlaneManager) -> None:
+        self._manager = manager
+        self._heartbeat_tasks: set[asyncio.Task[Any]] = set()
+        self._interval = duration(manager.runtime_config.heartbeat_interval_s)
+
+    def close_heartbeats(self) -> None:
+        """End every heartbeat stream, so that a stopping server need not wait for its agents."""
+        for task in self._heartbeat_tasks:
+            task.cancel()
+
+    async def RegisterInstance(
+        self, request: pb.RegisterInstanceRequest, context: Context
+    ) -> pb.RegisterInstanceResponse:
+        """Add an instance."""
+        instance = instance_from_proto(request.spec)
+        self._manager.register_instance(instance, request.incarnation)
+        return pb.RegisterInstanceResponse(
+            instance=self._view(self._manager.instance(instance.instance_id)),
+            lease_duration=duration(self._manager.scheduler.config.lease_duration_s),
+            heartbeat_interval=self._interval,
+        )
+
+    async def DeregisterInstance(
+        self, request: pb.DeregisterInstanceRequest, context: Context
+    ) -> pb.DeregisterInstanceResponse:
+        """Remove an instance."""
+        count = self._manager.deregister_instance(
+            request.instance_id, request.incarnation, request.cause[:256]
+        )
+        return pb.DeregisterInstanceResponse(in_flight_request_count=count)
+
+    async def GetInstance(self, request: pb.GetInstanceRequest, context: Context) -> pb.GetInstanceResponse:
+        """Return an instance."""
+        return pb.GetInstanceResponse(instance=self._view(self._manager.instance(request.instance_id)))
+
+    async def ListInstances(
+        self, request: pb.ListInstancesRequest, context: Context
+    ) -> pb.ListInstancesResponse:
+        """Return a page of the fleet, by id."""
+        violations: list[FieldViolation] = []
+        states = states_from_proto("states", list(request.states), violations)
+        size = page_size(request.page_size, violations)
+        if violations:
+            raise InvalidRequestError(violations)
+        # The token is the last id of the page before: it survives every change of the fleet.
+        matching = sorted(
+            (
+                record
+                for record in self._manager.instances()
+                if record.instance_id > request.page_token
+                and (not states or record.state in states)
+                and (not request.model or request.model in record.spec.served_models)
+            ),
+            key=lambda record: record.instance_id,
+        )
+        page = matching[:size]
+        return pb.ListInstancesResponse(
+            instances=[self._view(record) for record in page],
+            next_page_token=page[-1].instance_id if len(matching) > size else "",
+        )
+
+    async def DrainInstance(
+        self, request: pb.DrainInstanceRequest, context: Context
+    ) -> pb.DrainInstanceResponse:
+        """Stop new work for an instance. Not in this version."""
+        raise NotImplementedYetError(
+            "DrainInstance is not implemented by this version; DeregisterInstance takes an instance out "
+            "and lets its requests finish"
+        )
+
+    async def Heartbeat(self, request_iterator: object, context: Context) -> None:  # type: ignore[override]
+        """Take beats and acknowledge each."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - handlers run in tasks
+        self._heartbeat_tasks.add(task)
+        manager = self._manager
+        try:
+            while True:
+                beat = await context.read()
+                if beat is grpc.aio.EOF:
+                    return
+                if beat.ByteSize() > MAX_HEARTBEAT_BYTES:
+                    raise InvalidRequestError(
+                        [FieldViolation("", f"a heartbeat may have at most {MAX_HEARTBEAT_BYTES} bytes")]
+                    )
+                manager.heartbeat(heartbeat_from_proto(beat))
+                if beat.goodbye:
+                    return
+                await context.write(
+                    pb.HeartbeatResponse(
+                        instance_id=beat.instance_id,
+                        acknowledged_sequence=beat.sequence,
+                        desired_state=self._desired_state(beat.instance_id),
+                        next_interval=self._interval,
+                    )
+                )
+        finally:
+            self._heartbeat_tasks.discard(task)
+
+    def _desired_state(self, instance_id: str) -> pb.DesiredState.ValueType:
+        state = self._manager.instance(instance_id).state
+        if state in {InstanceState.DRAINING, InstanceState.DRAINED}:
+            return pb.DESIRED_STATE_DRAINED
+        return pb.DESIRED_STATE_SERVING
+
+    def _view(self, record: InstanceRecord) -> instance_pb2.Instance:
+        return instance_to_proto(record, self._manager.wall_time(0.0))

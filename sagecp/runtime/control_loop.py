@@ -1,0 +1,293 @@
+"""Events in, effects out: the loop that joins the core to the world."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from sagecp.config import RuntimeConfig
+from sagecp.core import effects as fx
+from sagecp.core import events as ev
+from sagecp.core.errors import ErrorReason, Failure, InvalidRequestError
+from sagecp.core.request import RequestRecord
+from sagecp.core.scheduler import Scheduler
+from sagecp.core.types import (
+    ExecutionInstance,
+    InstanceState,
+    RequestMetadata,
+    RequestState,
+    SchedulingDecision,
+)
+from sagecp.runtime.engines.base import EngineError, EngineUnreachableError
+from sagecp.runtime.executor import ExecutionCoordinator, failure_of
+from sagecp.runtime.health import HealthLoop
+from sagecp.runtime.monitor import EndedSample, MetricsKey, Monitor, objectives_met
+from sagecp.runtime.output import OutputLog
+from sagecp.runtime.requests import RequestHandle, RequestTable
+
+logger = logging.getLogger(__name__)
+
+
+class ControlLoop:
+    """Feeds the core what happens and does what it decides.
+
+    Args:
+        scheduler: The core.
+        coordinator: Runs attempts.
+        monitor: Takes samples of ended requests.
+        config: Loops and bounds.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        coordinator: ExecutionCoordinator,
+        monitor: Monitor,
+        config: RuntimeConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self.scheduler = scheduler
+        self.coordinator = coordinator
+        self.monitor = monitor
+        self.requests = RequestTable(config.retained_request_count, config.retained_bytes, config.retention_s)
+        self.clock = clock
+        # Wall time is read once: later steps of the system clock move nothing.
+        self.wall_offset_s = time.time() - clock()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.health = HealthLoop(coordinator, self._agentless_ids, self.feed, config.health_interval_s)
+        self._config = config
+        self._sequence = 0
+        self._attempts: set[asyncio.Task[None]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = 0.0
+
+    @property
+    def running(self) -> bool:
+        """Whether :meth:`start` was called, and :meth:`stop` not yet."""
+        return bool(self._loops)
+
+    def start(self, *, monitoring: bool) -> None:
+        """Start the periodic loops."""
+        loop = asyncio.get_running_loop()
+        self._loops = [
+            loop.create_task(self._scheduling_loop(), name="sagecp-scheduling"),
+            loop.create_task(self.health.run(), name="sagecp-health"),
+        ]
+        if monitoring:
+            watch = self.monitor.watch_event_loop(self._config.monitoring_interval_s)
+            self._loops.append(loop.create_task(watch, name="sagecp-monitoring"))
+
+    async def stop(self) -> None:
+        """End every live request as FAILED, and every task."""
+        failure = Failure(ErrorReason.SHUTTING_DOWN, "the control plane is shutting down; submit it again")
+        for handle in self.requests.live():
+            self.feed(ev.RequestAborted(handle.request_id, failure))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        tasks = [*self._loops, *self._attempts]
+        self._loops = []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def submit(self, request: RequestMetadata, digest: bytes) -> RequestHandle:
+        """Hand a new request to the core and return its handle.
+
+        Raises:
+            SageError: The core refused it.
+        """
+        now = self.clock()
+        self._perform(self.scheduler.handle(ev.RequestArrived(request), now), now, digest)
+        return self.requests.get(request.request_id)
+
+    def feed(self, event: ev.Event) -> None:
+        """Tell the core what happened and do what it wants done.
+
+        Raises:
+            SageError: The event names something unknown or impossible.
+        """
+        now = self.clock()
+        self._perform(self.scheduler.handle(event, now), now)
+
+    def _agentless_ids(self) -> list[str]:
+        return [i.instance_id for i in self.scheduler.fleet if i.incarnation == 0]
+
+    def _perform(self, effects: list[fx.Effect], now: float, digest: bytes = b"") -> None:
+        rejected: fx.RequestRejected | None = None
+        for effect in effects:
+            if isinstance(effect, fx.DispatchAttempt):
+                self._start_attempt(effect, now)
+            elif isinstance(effect, fx.RequestEnded):
+                self._finish(effect, now)
+            elif isinstance(effect, fx.RequestAccepted):
+                self._add_handle(effect.record, digest)
+            elif isinstance(effect, fx.AbortAttempt):
+                handle = self.requests.find(effect.request_id)
+                if handle is not None and handle.task is not None:
+                    handle.task.cancel()
+            elif isinstance(effect, fx.RequestRequeued):
+                handle = self.requests.get(effect.record.request_id)
+                handle.end_attempt(now, effect.failure)
+                self.monitor.fault(
+                    f"attempt {effect.record.epoch} was lost: {effect.failure.message}",
+                    instance_id=effect.record.instance_id,
+                    request_id=effect.record.request_id,
+                )
+            elif isinstance(effect, fx.InstanceChanged):
+                self._on_instance_changed(effect)
+            elif isinstance(effect, fx.InstanceRemoved):
+                self.coordinator.detach(effect.instance_id)
+                logger.info(
+                    "instance removed", extra={"instance_id": effect.instance_id, "reason": effect.reason}
+                )
+            else:
+                rejected = effect
+        self._arm_timer(now)
+        if rejected is not None:
+            raise rejected.error
+
+    def _add_handle(self, record: RequestRecord, digest: bytes) -> None:
+        request_id = record.request_id
+        output = OutputLog(lambda: self._on_first_output(request_id))
+        self._sequence += 1
+        self.idle.clear()
+        self.requests.add(RequestHandle(record, output, digest, self._sequence, self.wall_offset_s))
+
+    def _on_first_output(self, request_id: str) -> None:
+        handle = self.requests.get(request_id)
+        self.feed(ev.AttemptProgressed(request_id, handle.output.epoch))
+
+    def _start_attempt(self, effect: fx.DispatchAttempt, now: float) -> None:
+        handle = self.requests.get(effect.record.request_id)
+        handle.start_attempt(now)
+        handle.output.epoch = effect.epoch
+        instance = self.scheduler.fleet.get(effect.instance_id).spec
+        task = asyncio.get_running_loop().create_task(self._run_attempt(handle, instance, effect.decision))
+        handle.task = task
+        self._attempts.add(task)
+        task.add_done_callback(self._attempts.discard)
+
+    async def _run_attempt(
+        self, handle: RequestHandle, instance: ExecutionInstance, decision: SchedulingDecision
+    ) -> None:
+        request_id, epoch = handle.request_id, decision.epoch
+        try:
+            result = await self.coordinator.execute_request(
+                handle.record.metadata, instance, decision, sink=handle.output, model_name=handle.record.model
+            )
+        except EngineError as error:
+            self.feed(
+                ev.AttemptFailed(
+                    request_id,
+                    epoch,
+                    failure_of(error, instance.instance_id),
+                    retryable=error.retryable,
+                    engine_down=isinstance(error, EngineUnreachableError),
+                    counts_against_engine=error.counts_against_engine,
+                )
+            )
+        except InvalidRequestError as error:
+            self.feed(
+                ev.AttemptFailed(
+                    request_id, epoch, error.as_failure(), retryable=False, counts_against_engine=False
+                )
+            )
+        except Exception:
+            logger.exception("attempt crashed", extra={"request_id": request_id})
+            failure = Failure(
+                ErrorReason.INTERNAL, "the control plane failed to run the request; see its log"
+            )
+            self.feed(ev.AttemptFailed(request_id, epoch, failure, retryable=False))
+        else:
+            handle.outcome = result.outcome
+            self.feed(ev.AttemptSucceeded(request_id, epoch, handle.output.token_count))
+
+    def _finish(self, effect: fx.RequestEnded, now: float) -> None:
+        record = effect.record
+        handle = self.requests.get(record.request_id)
+        handle.failure = effect.failure
+        handle.end_s = now
+        handle.end_attempt(now, effect.failure)
+        handle.task = None
+        self._record_sample(handle, effect.state, now)
+        if effect.state is RequestState.FAILED and effect.failure is not None:
+            self.monitor.fault(
+                effect.failure.message, instance_id=record.instance_id, request_id=record.request_id
+            )
+        self.requests.note_ended(handle, now)
+        handle.output.close()
+        handle.ended.set()
+        if self.scheduler.live_count == 0:
+            self.idle.set()
+
+    def _record_sample(self, handle: RequestHandle, state: RequestState, now: float) -> None:
+        record = handle.record
+        metadata = record.metadata
+        latency_s = now - record.arrival_s
+        ttft_s = None if record.first_token_s is None else record.first_token_s - record.arrival_s
+        token_count = handle.usage().completion_token_count
+        tpot_s = (latency_s - ttft_s) / (token_count - 1) if ttft_s is not None and token_count > 1 else None
+        self.monitor.record(
+            EndedSample(
+                end_s=now,
+                key=MetricsKey(record.model, record.instance_id, metadata.tenant_id, metadata.priority),
+                state=state,
+                latency_s=latency_s,
+                ttft_s=ttft_s,
+                tpot_s=tpot_s,
+                queue_wait_s=(record.dispatch_s if record.dispatch_s is not None else now) - record.arrival_s,
+                output_token_count=token_count,
+                slo_met=objectives_met(metadata, state, latency_s, ttft_s, tpot_s),
+            )
+        )
+
+    def _on_instance_changed(self, effect: fx.InstanceChanged) -> None:
+        if effect.previous is None:
+            self.coordinator.attach(self.scheduler.fleet.get(effect.instance_id).spec)
+        elif effect.state in {InstanceState.UNHEALTHY, InstanceState.LOST}:
+            self.health.probe_soon()
+            self.monitor.fault(
+                f"instance became {effect.state.name}: {effect.reason}", instance_id=effect.instance_id
+            )
+        logger.info(
+            "instance changed",
+            extra={
+                "instance_id": effect.instance_id,
+                "state": effect.state.name,
+                "previous": effect.previous.name if effect.previous else "",
+                "reason": effect.reason,
+            },
+        )
+
+    # -- time ----------------------------------------------------------------------
+
+    def _arm_timer(self, now: float) -> None:
+        """Wake up for the core's next deadline or lease, unless an earlier wake-up is set already."""
+        next_s = self.scheduler.next_timer_s()
+        if next_s is None or not self._loops:
+            return
+        if self._timer is not None:
+            if self._timer_s <= next_s:
+                return
+            self._timer.cancel()
+        self._timer_s = next_s
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, next_s - now) + 0.001, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.feed(ev.ClockAdvanced())
+
+    async def _scheduling_loop(self) -> None:
+        """Safety net: everything it does is normally done already, by an event or a timer."""
+        while True:
+            await asyncio.sleep(self._config.scheduling_interval_s)
+            now = self.clock()
+            if len(self.scheduler.queue):
+                self._perform(self.scheduler.handle(ev.ClockAdvanced(), now), now)
+            self.requests.drop_old(now)

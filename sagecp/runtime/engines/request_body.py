@@ -1,0 +1,136 @@
+"""From a request to the JSON body that an OpenAI-compatible engine takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from sagecp.core.errors import FieldViolation, InvalidRequestError
+from sagecp.core.types import OpenAiApi, RequestMetadata, SamplingParameters
+from sagecp.runtime.engines.base import EngineApi, EngineCall
+
+_ENCODER = msgspec.json.Encoder()
+_RAW_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_APIS = {
+    OpenAiApi.COMPLETIONS: EngineApi.COMPLETIONS,
+    OpenAiApi.CHAT_COMPLETIONS: EngineApi.CHAT_COMPLETIONS,
+}
+# Named otherwise, or encoded otherwise, than in the engine's API.
+_SPECIAL = {"logprobs", "structured_output", "engine_extras", "logit_bias"}
+_PLAIN = tuple(f.name for f in dataclasses.fields(SamplingParameters) if f.name not in _SPECIAL)
+_TRUE = msgspec.Raw(b"true")
+_STREAM_OPTIONS = msgspec.Raw(b'{"include_usage":true}')
+CONTROLLED_FIELDS = frozenset({"model", "prompt", "messages", "stream", "stream_options", "return_token_ids"})
+
+
+def make_engine_call(metadata: RequestMetadata, model: str, *, token_ids: bool) -> EngineCall:
+    """Build the call that runs a request.
+
+    Args:
+        metadata: The request, validated.
+        model: The served name to ask for.
+        token_ids: Ask for token ids beside the text.
+
+    Raises:
+        InvalidRequestError: An opaque body is not a JSON object, or extras
+            repeat a field that the control plane sets.
+    """
+    if metadata.openai_body:
+        return _opaque_call(metadata, model)
+    body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+    if token_ids:
+        body["return_token_ids"] = True
+    chat = bool(metadata.messages)
+    if chat:
+        body["messages"] = metadata.messages
+        if metadata.tools:
+            body["tools"] = metadata.tools
+        if metadata.tool_choice is not None:
+            body["tool_choice"] = metadata.tool_choice
+    elif metadata.prompt_token_ids:
+        body["prompt"] = metadata.prompt_token_ids
+    else:
+        body["prompt"] = metadata.prompt or ""
+    if metadata.max_tokens is not None:
+        body["max_completion_tokens" if chat else "max_tokens"] = metadata.max_tokens
+    _add_sampling(body, metadata.sampling, chat=chat)
+    return EngineCall(
+        api=EngineApi.CHAT_COMPLETIONS if chat else EngineApi.COMPLETIONS,
+        body=_ENCODER.encode(body),
+        request_id=metadata.request_id,
+        keep_raw=metadata.include_openai_events,
+        expected_choice_count=metadata.choice_count,
+    )
+
+
+def _add_sampling(body: dict[str, Any], sampling: SamplingParameters, *, chat: bool) -> None:
+    for name in _PLAIN:
+        value = getattr(sampling, name)
+        if value is not None and value != ():
+            body[name] = value
+    if sampling.logprobs is not None:
+        if chat:
+            body["logprobs"] = True
+            body["top_logprobs"] = sampling.logprobs
+        else:
+            body["logprobs"] = sampling.logprobs
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
+    if sampling.structured_output:
+        _add_structured_output(body, sampling.structured_output)
+    if sampling.engine_extras:
+        repeated = sorted(CONTROLLED_FIELDS & sampling.engine_extras.keys())
+        if repeated:
+            raise InvalidRequestError(
+                [
+                    FieldViolation(
+                        f"sampling.engine_extras.{name}", "is set by the control plane; leave it out"
+                    )
+                    for name in repeated
+                ]
+            )
+        body.update(sampling.engine_extras)
+
+
+def _add_structured_output(body: dict[str, Any], constraint: Mapping[str, Any]) -> None:
+    """Translate to vLLM's ``structured_outputs`` (and ``response_format`` for any JSON object)."""
+    kind, value = next(iter(constraint.items()))
+    if kind == "json_object":
+        body["response_format"] = {"type": "json_object"}
+    elif kind == "json_schema":
+        try:
+            schema = msgspec.json.decode(value)
+        except msgspec.DecodeError as error:
+            raise InvalidRequestError(
+                [FieldViolation("sampling.structured_output.json_schema", f"is not JSON: {error}")]
+            ) from error
+        body["structured_outputs"] = {"json": schema}
+    else:
+        body["structured_outputs"] = {kind: value}
+
+
+def _opaque_call(metadata: RequestMetadata, model: str) -> EngineCall:
+    try:
+        fields = _RAW_OBJECT.decode(metadata.openai_body)
+    except msgspec.DecodeError as error:
+        raise InvalidRequestError(
+            [FieldViolation("prompt.openai.json", f"is not a JSON object: {error}")]
+        ) from error
+    fields["stream"] = _TRUE
+    fields["stream_options"] = _STREAM_OPTIONS
+    fields["model"] = msgspec.Raw(_ENCODER.encode(model))
+    try:
+        choice_count = int(msgspec.json.decode(fields["n"])) if "n" in fields else 1
+    except (msgspec.DecodeError, TypeError, ValueError):
+        choice_count = 1  # The engine will say what is wrong with it.
+    assert metadata.openai_api is not None  # noqa: S101 - validated with the body
+    return EngineCall(
+        api=_APIS[metadata.openai_api],
+        body=_ENCODER.encode(fields),
+        request_id=metadata.request_id,
+        keep_raw=True,
+        expected_choice_count=max(1, choice_count),
+    )

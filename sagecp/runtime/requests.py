@@ -1,0 +1,240 @@
+"""Requests as the runtime knows them: live ones, and ended ones for as long as they are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+import msgspec
+
+from sagecp.core.errors import Failure, RequestNotFoundError, TooManyStreamsError
+from sagecp.core.request import RequestRecord
+from sagecp.core.types import AttemptRecord, RequestMetadata, RequestState, RequestStatus, Usage
+from sagecp.runtime.engines.base import EngineOutcome
+from sagecp.runtime.output import OutputLog
+
+
+def fingerprint(metadata: RequestMetadata) -> bytes:
+    """Return a hash of what was asked, to tell a repetition from another request with the same id."""
+    return hashlib.blake2b(msgspec.json.encode(metadata, order="deterministic"), digest_size=16).digest()
+
+
+class RequestHandle:
+    """One request with everything the runtime adds to the core's record.
+
+    Attributes:
+        record: The core's record; the authority on state.
+        output: What it produced.
+        fingerprint: Hash of what was asked.
+        sequence: Order of creation, unique; newest highest.
+        wall_offset_s: Add to the core's clock to get Unix seconds.
+        task: The present attempt, or ``None``.
+    """
+
+    __slots__ = (
+        "attempts",
+        "end_s",
+        "ended",
+        "failure",
+        "fingerprint",
+        "outcome",
+        "output",
+        "record",
+        "sequence",
+        "task",
+        "wall_offset_s",
+    )
+
+    def __init__(
+        self, record: RequestRecord, output: OutputLog, digest: bytes, sequence: int, wall_offset_s: float
+    ) -> None:
+        self.record = record
+        self.output = output
+        self.fingerprint = digest
+        self.sequence = sequence
+        self.wall_offset_s = wall_offset_s
+        self.attempts: list[AttemptRecord] = []
+        self.task: asyncio.Task[None] | None = None
+        self.outcome: EngineOutcome | None = None
+        self.failure: Failure | None = None
+        self.end_s: float | None = None
+        self.ended = asyncio.Event()
+
+    @property
+    def request_id(self) -> str:
+        """Id of the request."""
+        return self.record.request_id
+
+    @property
+    def state(self) -> RequestState:
+        """Where it is in its life."""
+        return self.record.state
+
+    @property
+    def finish_reason(self) -> str:
+        """Finish reason of the first choice, or ``""``."""
+        return self.outcome.finish_reasons[0] if self.outcome and self.outcome.finish_reasons else ""
+
+    def usage(self) -> Usage:
+        """Return the tokens so far; the engine's own count once it gave one."""
+        outcome = self.outcome
+        if outcome is None:
+            return Usage(completion_token_count=self.output.token_count)
+        counted = outcome.completion_token_count
+        return Usage(
+            prompt_token_count=outcome.prompt_token_count,
+            completion_token_count=self.output.token_count if counted is None else counted,
+            cached_prompt_token_count=outcome.cached_token_count,
+        )
+
+    def start_attempt(self, now: float) -> None:
+        """Note a dispatch."""
+        self.attempts.append(
+            AttemptRecord(
+                epoch=self.record.epoch,
+                instance_id=self.record.instance_id,
+                dispatch_time_s=now + self.wall_offset_s,
+            )
+        )
+
+    def end_attempt(self, now: float, failure: Failure | None) -> None:
+        """Note the end of the present attempt."""
+        if self.attempts and self.attempts[-1].end_time_s is None:
+            self.attempts[-1] = dataclasses.replace(
+                self.attempts[-1], end_time_s=now + self.wall_offset_s, failure=failure
+            )
+
+    def status(self, queue_position: int | None) -> RequestStatus:
+        """Return what is known now."""
+        record = self.record
+        metadata = record.metadata
+
+        def wall(time_s: float | None) -> float | None:
+            return None if time_s is None else time_s + self.wall_offset_s
+
+        return RequestStatus(
+            request_id=record.request_id,
+            state=record.state,
+            model_name=record.model,
+            priority=metadata.priority,
+            create_time_s=record.arrival_s + self.wall_offset_s,
+            user_id=metadata.user_id,
+            session_id=metadata.session_id,
+            tenant_id=metadata.tenant_id,
+            dispatch_time_s=wall(record.dispatch_s),
+            first_token_time_s=wall(record.first_token_s),
+            end_time_s=wall(self.end_s),
+            deadline_time_s=wall(record.deadline_s),
+            instance_id=record.instance_id,
+            attempts=tuple(self.attempts),
+            usage=self.usage(),
+            finish_reason=self.finish_reason,
+            failure=self.failure,
+            queue_position=queue_position,
+            labels=metadata.labels,
+        )
+
+
+class RequestTable:
+    """Every request that can still be asked about.
+
+    Live requests are bounded by the core's queue and the fleet's limits. Ended
+    ones are bounded here by number, by bytes of output and by age; the oldest
+    go first.
+
+    Args:
+        max_ended_count: Most ended requests to keep.
+        max_ended_bytes: Most bytes of output to keep for them.
+        retention_s: How long to keep one.
+    """
+
+    def __init__(self, max_ended_count: int, max_ended_bytes: int, retention_s: float) -> None:
+        self._handles: dict[str, RequestHandle] = {}
+        self._ended: dict[str, RequestHandle] = {}
+        self._ended_bytes = 0
+        self._max_ended_count = max_ended_count
+        self._max_ended_bytes = max_ended_bytes
+        self._retention_s = retention_s
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def add(self, handle: RequestHandle) -> None:
+        """Keep a new request."""
+        self._handles[handle.request_id] = handle
+
+    def find(self, request_id: str) -> RequestHandle | None:
+        """Return a request, or ``None``."""
+        return self._handles.get(request_id)
+
+    def get(self, request_id: str) -> RequestHandle:
+        """Return a request.
+
+        Raises:
+            RequestNotFoundError: It is not known, or no longer.
+        """
+        handle = self._handles.get(request_id)
+        if handle is None:
+            raise RequestNotFoundError(request_id)
+        return handle
+
+    def note_ended(self, handle: RequestHandle, now: float) -> None:
+        """Start the retention of a request that has just ended, and let the oldest go.
+
+        What was asked is dropped at once; only what came out is kept.
+        """
+        record = handle.record
+        record.metadata = dataclasses.replace(
+            record.metadata,
+            prompt=None,
+            messages=(),
+            tools=(),
+            tool_choice=None,
+            prompt_token_ids=(),
+            openai_body=b"",
+        )
+        self._ended[handle.request_id] = handle
+        self._ended_bytes += handle.output.size_bytes
+        self.drop_old(now)
+
+    def drop_old(self, now: float) -> None:
+        """Forget ended requests beyond the bounds."""
+        while self._ended:
+            request_id, oldest = next(iter(self._ended.items()))
+            if (
+                len(self._ended) <= self._max_ended_count
+                and self._ended_bytes <= self._max_ended_bytes
+                and now - (oldest.end_s or 0.0) <= self._retention_s
+            ):
+                break
+            del self._ended[request_id]
+            del self._handles[request_id]
+            self._ended_bytes -= oldest.output.size_bytes
+
+    def newest_first(self) -> Iterator[RequestHandle]:
+        """Yield every request, the newest first."""
+        yield from reversed(self._handles.values())
+
+    def live(self) -> list[RequestHandle]:
+        """Return the requests that have not ended."""
+        return [handle for handle in self._handles.values() if not handle.state.is_terminal]
+
+
+class Reading:
+    """Counts one reader of a request while it is open."""
+
+    def __init__(self, handle: RequestHandle, limit: int) -> None:
+        if handle.output.reader_count >= limit:
+            raise TooManyStreamsError(
+                f"request {handle.request_id!r} is read by {limit} streams already, the limit; "
+                "close one first"
+            )
+        self._output = handle.output
+
+    def __enter__(self) -> None:
+        self._output.reader_count += 1
+
+    def __exit__(self, *exception: object) -> None:
+        self._output.reader_count -= 1
