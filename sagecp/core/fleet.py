@@ -30,6 +30,8 @@ class InstanceRecord:
         concurrency_limit: Most requests to have there now. Starts at the
             configured limit and follows the engine: a request waiting inside it
             means that the limit is above what it runs at once.
+        unreachable: A call found nobody listening. Only a probe over the same
+            path clears it: an agent's word about its own engine does not.
         in_flight: Requests on it, by id.
     """
 
@@ -40,6 +42,7 @@ class InstanceRecord:
         self.heartbeat_s: float | None = None
         self.lease_expire_s: float | None = None
         self.state_reason = "registered"
+        self.unreachable = False
         self.gauges: EngineGauges | None = None
         self.gpus: tuple[GpuReading, ...] = ()
         self.gpu_absent_reason = ""

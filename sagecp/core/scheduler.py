@@ -198,6 +198,7 @@ class Scheduler:
         if instance is not None and event.counts_against_engine:
             instance.failed_attempt_count += 1
         if instance is not None and event.engine_down and instance.state is InstanceState.READY:
+            instance.unreachable = True
             self._move(instance, InstanceState.UNHEALTHY, event.failure.message, effects)
         mode = record.metadata.failover_mode
         # Continuing from delivered tokens needs a journal of them, which this core does not keep yet.
@@ -348,6 +349,9 @@ class Scheduler:
     def _on_health_probed(self, event: ev.HealthProbed, now: float, effects: list[fx.Effect]) -> None:
         record = self.fleet.find(event.instance_id)
         if record is not None:
+            record.unreachable = event.condition is EngineCondition.UNHEALTHY
+            if record.incarnation and record.state is InstanceState.LOST:
+                return  # Its agent must come back first: without a lease nobody would notice its end.
             self._follow_condition(record, event.condition, event.condition_reason, effects)
 
     def _on_drain_requested(self, event: ev.DrainRequested, now: float, effects: list[fx.Effect]) -> None:
@@ -371,6 +375,8 @@ class Scheduler:
     ) -> None:
         """Let an instance follow the health of its engine. A drain outlasts health."""
         if record.state in {InstanceState.DRAINING, InstanceState.DRAINED}:
+            return
+        if record.unreachable and condition is EngineCondition.HEALTHY:
             return
         if condition is EngineCondition.HEALTHY:
             target, why = InstanceState.READY, "the engine answers"

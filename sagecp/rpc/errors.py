@@ -13,9 +13,9 @@ from google.rpc import error_details_pb2, status_pb2
 from sagecp.core.errors import ErrorReason, InvalidRequestError, SageError
 
 DOMAIN = "sagecp"
-# Metadata beyond 16 KiB breaks clients (grpc#37852); the details are sent twice, in base64.
+# Clients refuse metadata beyond 8 to 16 KiB (grpc#37852), and details travel in base64 beside the message.
 MAX_DETAIL_TEXT = 1024
-MAX_VIOLATIONS = 16
+MAX_VIOLATION_TEXT = 3072
 
 _CODES: Mapping[ErrorReason, grpc.StatusCode] = {
     ErrorReason.INVALID_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
@@ -64,16 +64,7 @@ def to_status(error: SageError, rpc_id: str) -> status_pb2.Status:
         error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata)
     ]
     if isinstance(error, InvalidRequestError):
-        details.append(
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(
-                        field=v.field, description=v.description[:256]
-                    )
-                    for v in error.violations[:MAX_VIOLATIONS]
-                ]
-            )
-        )
+        details.append(_bad_request(error))
     if error.retry_after_s is not None:
         delay = Duration()
         delay.FromMilliseconds(int(error.retry_after_s * 1000))
@@ -86,3 +77,18 @@ def to_status(error: SageError, rpc_id: str) -> status_pb2.Status:
         packed.append(holder)
     code: int = status_code_of(error.reason).value[0]
     return status_pb2.Status(code=code, message=error.message[:MAX_DETAIL_TEXT], details=packed)
+
+
+def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
+    """Return every violation, as far as they fit; a last entry counts the others."""
+    detail = error_details_pb2.BadRequest()
+    room = MAX_VIOLATION_TEXT
+    for index, violation in enumerate(error.violations):
+        description = violation.description[:256]
+        room -= len(violation.field) + len(description)
+        if room < 0:
+            rest = len(error.violations) - index
+            detail.field_violations.add(field="", description=f"and {rest} more bad fields")
+            break
+        detail.field_violations.add(field=violation.field, description=description)
+    return detail

@@ -58,7 +58,7 @@ class ControlLoop:
         self.wall_offset_s = time.time() - clock()
         self.idle = asyncio.Event()
         self.idle.set()
-        self.health = HealthLoop(coordinator, self._agentless_ids, self.feed, config.health_interval_s)
+        self.health = HealthLoop(coordinator, self._ids_to_probe, self.feed, config.health_interval_s)
         self._config = config
         self._sequence = 0
         self._attempts: set[asyncio.Task[None]] = set()
@@ -115,8 +115,8 @@ class ControlLoop:
         now = self.clock()
         self._perform(self.scheduler.handle(event, now), now)
 
-    def _agentless_ids(self) -> list[str]:
-        return [i.instance_id for i in self.scheduler.fleet if i.incarnation == 0]
+    def _ids_to_probe(self) -> list[str]:
+        return [i.instance_id for i in self.scheduler.fleet if i.incarnation == 0 or i.unreachable]
 
     def _perform(self, effects: list[fx.Effect], now: float, digest: bytes = b"") -> None:
         rejected: fx.RequestRejected | None = None

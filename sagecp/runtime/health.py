@@ -1,4 +1,4 @@
-"""Probes the engines that no agent watches."""
+"""Probes the engines that no agent watches, and those that a call could not reach."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sagecp.runtime.executor import ExecutionCoordinator
 
 
 class HealthLoop:
-    """Asks ``/health`` of agentless instances, at once when they join and then at an interval.
+    """Asks ``/health`` of engines, at once when there is a reason and then at an interval.
 
     An instance that is not healthy is asked again sooner, so that it comes
     back within about a second.
 
     Args:
         coordinator: Knows how to reach engines.
-        agentless: Returns the ids to probe.
+        targets: Returns the ids to probe.
         report: Takes what was found.
         interval_s: Between probes of healthy instances.
         concurrency: Most probes at once.
@@ -29,13 +29,13 @@ class HealthLoop:
     def __init__(
         self,
         coordinator: ExecutionCoordinator,
-        agentless: Callable[[], Iterable[str]],
+        targets: Callable[[], Iterable[str]],
         report: Callable[[HealthProbed], None],
         interval_s: float,
         concurrency: int = 64,
     ) -> None:
         self._coordinator = coordinator
-        self._agentless = agentless
+        self._targets = targets
         self._report = report
         self._interval_s = interval_s
         self._slots = asyncio.Semaphore(concurrency)
@@ -50,7 +50,7 @@ class HealthLoop:
         """Probe for ever."""
         while True:
             self._soon.clear()
-            ids = list(self._agentless())
+            ids = list(self._targets())
             self._unhealthy.intersection_update(ids)
             await asyncio.gather(*(self._probe(instance_id) for instance_id in ids))
             wait_s = min(self._interval_s, 1.0) if self._unhealthy else self._interval_s
