@@ -25,7 +25,12 @@ def main() -> None:
         out = Path(folder, "out")
         out.mkdir()
         code = protoc.main(
-            ["protoc", f"--descriptor_set_in={descriptors}", f"--grpc_python_out={out}", *request.file_to_generate]
+            [
+                "protoc",
+                f"--descriptor_set_in={descriptors}",
+                f"--grpc_python_out={out}",
+                *request.file_to_generate,
+            ]
         )
         if code != 0:
             response.error = f"grpc_tools.protoc exited with {code}"

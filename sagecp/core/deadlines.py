@@ -11,11 +11,13 @@ _COMPACT_ABOVE = 1024
 
 
 class DeadlineHeap:
-    """A heap of (time, request id) that forgets ended requests lazily.
+    """A heap of (time, request id) that forgets lazily.
 
-    It holds ids, not records, so that an ended request's prompt is freed at
-    once; and it is rebuilt when ended requests outnumber live ones, so that its
-    size is bounded by what is live.
+    An entry counts while the request lives and still has that time as its
+    ``expire_s``: a later request may have the same id, and a request may be
+    given another time. It holds ids, not records, so that an ended request's
+    prompt is freed at once; and it is rebuilt when dead entries outnumber live
+    requests, so that its size is bounded by what is live.
     """
 
     def __init__(self) -> None:
@@ -28,12 +30,13 @@ class DeadlineHeap:
         """Watch a request. ``live`` holds every request that has not ended."""
         heapq.heappush(self._heap, (time_s, request_id))
         if len(self._heap) > _COMPACT_ABOVE and len(self._heap) > 2 * len(live):
-            self._heap = [entry for entry in self._heap if entry[1] in live]
+            # A set: an entry made twice counts once.
+            self._heap = list({entry for entry in self._heap if _counts(entry, live)})
             heapq.heapify(self._heap)
 
     def next_s(self, live: Mapping[str, RequestRecord]) -> float | None:
         """Return the earliest time of a live request, or ``None``."""
-        while self._heap and self._heap[0][1] not in live:
+        while self._heap and not _counts(self._heap[0], live):
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
@@ -41,8 +44,12 @@ class DeadlineHeap:
         """Return the live requests whose time has come, each once."""
         due: dict[str, RequestRecord] = {}
         while self._heap and self._heap[0][0] <= now:
-            _, request_id = heapq.heappop(self._heap)
-            record = live.get(request_id)
-            if record is not None:
-                due[request_id] = record
+            entry = heapq.heappop(self._heap)
+            if _counts(entry, live):
+                due[entry[1]] = live[entry[1]]
         return list(due.values())
+
+
+def _counts(entry: tuple[float, str], live: Mapping[str, RequestRecord]) -> bool:
+    record = live.get(entry[1])
+    return record is not None and record.expire_s == entry[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 
 from sagecp.core.errors import (
@@ -14,7 +15,7 @@ from sagecp.core.errors import (
 )
 from sagecp.core.request import RequestRecord
 from sagecp.core.states import INSTANCE_TRANSITIONS, StateMachine
-from sagecp.core.types import EngineGauges, ExecutionInstance, GpuReading, InstanceState
+from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, GpuReading, InstanceState
 
 # Work is held back while the KV cache is this full: the last percents cost preemptions.
 KEY_VALUE_USAGE_LIMIT = 0.97
@@ -32,24 +33,38 @@ class InstanceRecord:
             means that the limit is above what it runs at once.
         unreachable: A call found nobody listening. Only a probe over the same
             path clears it: an agent's word about its own engine does not.
+        condition: What was last said of its engine.
+        drain: An operator wants no new work on it. Outlasts health, lease and
+            re-registration; only undoing it, or deregistration, ends it.
         in_flight: Requests on it, by id.
+        in_flight_count: Their number.
+        reserved_token_count: Tokens that they are expected to hold at their ends.
+        spare_token_count: What one more may hold; infinite where nothing limits it.
+        forget_s: When it is no longer listed, while it is LOST.
     """
 
     def __init__(self, spec: ExecutionInstance, incarnation: int, now: float, default_limit: int) -> None:
         self.spec = spec
+        self.instance_id = spec.instance_id
         self.incarnation = incarnation
         self.register_s = now
         self.heartbeat_s: float | None = None
         self.lease_expire_s: float | None = None
         self.state_reason = "registered"
         self.unreachable = False
+        self.condition = EngineCondition.UNKNOWN
+        self.drain = False
+        self.forget_s: float | None = None
         self.gauges: EngineGauges | None = None
         self.gpus: tuple[GpuReading, ...] = ()
         self.gpu_absent_reason = ""
         self.configured_limit = spec.max_concurrent_request_count or default_limit
         self.concurrency_limit = self.configured_limit
         self.in_flight: dict[str, RequestRecord] = {}
+        # Kept, not computed: placement reads them of every open instance.
+        self.in_flight_count = 0
         self.reserved_token_count = 0
+        self.spare_token_count = math.inf
         self.latency_estimate_s: float | None = None
         self.ttft_estimate_s: float | None = None
         self.last_dispatch_sequence = 0
@@ -60,53 +75,75 @@ class InstanceRecord:
         )
 
     @property
-    def instance_id(self) -> str:
-        """Name of the instance."""
-        return self.spec.instance_id
-
-    @property
     def state(self) -> InstanceState:
         """Where it is in its life."""
         return self.machine.state
 
     @property
-    def in_flight_count(self) -> int:
-        """Requests that this control plane has on it."""
-        return len(self.in_flight)
-
-    def has_room_for(self, request: RequestRecord) -> bool:
-        """Whether the instance can usefully take the request now.
+    def is_open(self) -> bool:
+        """Whether the instance can usefully take more work, as far as that depends on it alone.
 
         An instance that holds nothing takes anything: its engine is the judge
         of what fits.
         """
         if self.machine.state is not InstanceState.READY:
             return False
-        in_flight = len(self.in_flight)
-        if in_flight == 0:
+        if self.in_flight_count == 0:
             return True
-        if in_flight >= self.concurrency_limit:
+        if self.in_flight_count >= self.concurrency_limit:
             return False
         gauges = self.gauges
-        if (
-            gauges is not None
-            and gauges.key_value_cache_usage is not None
-            and gauges.key_value_cache_usage >= KEY_VALUE_USAGE_LIMIT
-        ):
-            return False
-        capacity = self.spec.key_value_token_capacity
-        return capacity is None or self.reserved_token_count + request.expected_token_count <= capacity
+        return (
+            gauges is None
+            or gauges.key_value_cache_usage is None
+            or gauges.key_value_cache_usage < KEY_VALUE_USAGE_LIMIT
+        )
+
+    def fits(self, request: RequestRecord) -> bool:
+        """Whether the request fits beside what an open instance holds already."""
+        return self.spare_token_count >= self.token_need(request)
+
+    def token_need(self, request: RequestRecord) -> int:
+        """Return the tokens that the request is expected to hold here at its end.
+
+        Estimates from bytes can be far too high (images, for example); what the
+        model's context allows is a bound.
+        """
+        context = self.spec.max_context_token_count
+        if context is None:
+            return request.expected_token_count
+        return min(request.expected_token_count, context * request.metadata.choice_count)
 
     def take(self, request: RequestRecord, dispatch_sequence: int) -> None:
         """Count a request as being here."""
         self.in_flight[request.request_id] = request
-        self.reserved_token_count += request.expected_token_count
+        self._reserve(self.token_need(request))
         self.last_dispatch_sequence = dispatch_sequence
 
     def release(self, request: RequestRecord) -> None:
         """Stop counting a request."""
         if self.in_flight.pop(request.request_id, None) is not None:
-            self.reserved_token_count -= request.expected_token_count
+            self._reserve(-self.token_need(request))
+
+    def _reserve(self, token_count: int) -> None:
+        self.in_flight_count = len(self.in_flight)
+        self.reserved_token_count += token_count
+        capacity = self.spec.key_value_token_capacity
+        if capacity is None or not self.in_flight:
+            self.spare_token_count = math.inf
+        else:
+            self.spare_token_count = capacity - self.reserved_token_count
+
+    def inherit(self, previous: InstanceRecord) -> None:
+        """Take over what an earlier registration holds and has learned."""
+        self.in_flight = previous.in_flight
+        self._reserve(sum(map(self.token_need, self.in_flight.values())))
+        self.drain = previous.drain
+        self.latency_estimate_s = previous.latency_estimate_s
+        self.ttft_estimate_s = previous.ttft_estimate_s
+        self.last_dispatch_sequence = previous.last_dispatch_sequence
+        self.completed_request_count = previous.completed_request_count
+        self.failed_attempt_count = previous.failed_attempt_count
 
     def learn(self, latency_s: float, ttft_s: float | None) -> None:
         """Take one completed request into the estimates (exponentially weighted means)."""
@@ -127,7 +164,7 @@ class InstanceRecord:
         if gauges.waiting_request_count > 0:
             if gauges.running_request_count > 0:
                 self.concurrency_limit = max(1, min(self.concurrency_limit, gauges.running_request_count))
-        elif len(self.in_flight) * 8 >= self.concurrency_limit * 7:
+        elif self.in_flight_count * 8 >= self.concurrency_limit * 7:
             self.concurrency_limit = min(
                 self.configured_limit, self.concurrency_limit + max(1, self.concurrency_limit // 8)
             )
@@ -140,6 +177,9 @@ def _smooth(estimate: float | None, sample: float) -> float:
 class Fleet:
     """All instances, by id and by served model, with their leases.
 
+    Keeps an index of the open instances of each model, so that a full fleet
+    costs a decision nothing: whoever changes a record calls :meth:`settle`.
+
     Args:
         max_instance_count: Most instances that may be registered.
         default_concurrency_limit: For instances that do not say theirs.
@@ -148,8 +188,14 @@ class Fleet:
     def __init__(self, max_instance_count: int, default_concurrency_limit: int) -> None:
         self._instances: dict[str, InstanceRecord] = {}
         self._by_model: dict[str, dict[str, InstanceRecord]] = {}
-        # (time, instance id, incarnation); an extended lease is found stale when it surfaces.
-        self._leases: list[tuple[float, str, int]] = []
+        self._open_by_model: dict[str, dict[str, InstanceRecord]] = {}
+        # How many instances have a name as their first one.
+        self._primary_counts: dict[str, int] = {}
+        # Instances that left while requests ran on them, until those have ended.
+        self._departed: dict[str, InstanceRecord] = {}
+        # (time, unique number, record); an extended lease is found stale when it surfaces.
+        self._leases: list[tuple[float, int, InstanceRecord]] = []
+        self._lease_number = 0
         self._max_instance_count = max_instance_count
         self._default_limit = default_concurrency_limit
 
@@ -189,10 +235,61 @@ class Fleet:
         """Return the instances that serve a model, whatever their state."""
         return list(self._by_model.get(model, {}).values())
 
-    def add(
-        self, spec: ExecutionInstance, incarnation: int, now: float
-    ) -> tuple[InstanceRecord, InstanceRecord | None]:
-        """Register an instance; return its record and the one it replaces, if any.
+    def is_open(self, model: str) -> bool:
+        """Return whether any instance that serves the model is open."""
+        return model in self._open_by_model
+
+    def with_room_for(self, request: RequestRecord) -> list[InstanceRecord]:
+        """Return the instances that can usefully take a request now, in a reproducible order."""
+        instances = self._open_by_model.get(request.model)
+        if instances is None:
+            return []
+        # The estimate is never below what an instance makes of it: most need no closer look.
+        expected = request.expected_token_count
+        return [i for i in instances.values() if i.spare_token_count >= expected or i.fits(request)]
+
+    def only_model(self) -> str | None:
+        """Return the one model that every instance has as its first; ``None``: none, or several."""
+        return next(iter(self._primary_counts)) if len(self._primary_counts) == 1 else None
+
+    def settle(self, record: InstanceRecord) -> None:
+        """Bring the index up to date with a record whose state, load, limit or gauges changed."""
+        if self._instances.get(record.instance_id) is not record:
+            return
+        is_open = record.is_open
+        for model in record.spec.served_models:
+            if is_open:
+                self._open_by_model.setdefault(model, {})[record.instance_id] = record
+            else:
+                self._close(model, record)
+
+    def _close(self, model: str, record: InstanceRecord) -> None:
+        opened = self._open_by_model.get(model)
+        if opened is not None:
+            opened.pop(record.instance_id, None)
+            if not opened:
+                del self._open_by_model[model]
+
+    def release(self, request: RequestRecord) -> InstanceRecord | None:
+        """Stop counting a request where it runs; return that instance, if it is registered."""
+        record = self._instances.get(request.instance_id)
+        if record is not None:
+            record.release(request)
+            self.settle(record)
+            return record
+        departed = self._departed.get(request.instance_id)
+        if departed is not None:
+            departed.release(request)
+            if not departed.in_flight:
+                del self._departed[request.instance_id]
+        return None
+
+    def add(self, spec: ExecutionInstance, incarnation: int, now: float) -> InstanceRecord:
+        """Register an instance, in place of an earlier registration of its id if there is one.
+
+        It takes over what an earlier registration of its id left running, even
+        one that was removed meanwhile: as far as open connections go it is the
+        same engine.
 
         Raises:
             StaleIncarnationError: A newer incarnation is registered.
@@ -212,18 +309,31 @@ class Fleet:
         if previous is not None:
             self._unlink(previous)
         record = InstanceRecord(spec, incarnation, now, self._default_limit)
+        earlier = previous or self._departed.pop(spec.instance_id, None)
+        if earlier is not None:
+            record.inherit(earlier)
         self._instances[spec.instance_id] = record
         for model in spec.served_models:
             self._by_model.setdefault(model, {})[spec.instance_id] = record
-        return record, previous
+        self._primary_counts[spec.model_name] = self._primary_counts.get(spec.model_name, 0) + 1
+        return record
 
     def remove(self, record: InstanceRecord) -> None:
-        """Forget an instance."""
+        """Forget an instance. Requests on it run on."""
         self._unlink(record)
         del self._instances[record.instance_id]
+        if record.in_flight:
+            record.drain = False
+            self._departed[record.instance_id] = record
 
     def _unlink(self, record: InstanceRecord) -> None:
+        primary_count = self._primary_counts[record.spec.model_name] - 1
+        if primary_count:
+            self._primary_counts[record.spec.model_name] = primary_count
+        else:
+            del self._primary_counts[record.spec.model_name]
         for model in record.spec.served_models:
+            self._close(model, record)
             served = self._by_model.get(model)
             if served is not None:
                 served.pop(record.instance_id, None)
@@ -235,7 +345,8 @@ class Fleet:
         first = record.lease_expire_s is None
         record.lease_expire_s = expire_s
         if first:
-            heapq.heappush(self._leases, (expire_s, record.instance_id, record.incarnation))
+            self._lease_number += 1
+            heapq.heappush(self._leases, (expire_s, self._lease_number, record))
 
     def next_lease_expiry_s(self) -> float | None:
         """Return a time before which no lease ends, or ``None``."""
@@ -245,12 +356,11 @@ class Fleet:
         """Return the instances whose leases have ended; each is returned once."""
         expired: list[InstanceRecord] = []
         while self._leases and self._leases[0][0] <= now:
-            _, instance_id, incarnation = heapq.heappop(self._leases)
-            record = self._instances.get(instance_id)
-            if record is None or record.incarnation != incarnation or record.lease_expire_s is None:
+            _, number, record = heapq.heappop(self._leases)
+            if self._instances.get(record.instance_id) is not record or record.lease_expire_s is None:
                 continue
             if record.lease_expire_s > now:
-                heapq.heappush(self._leases, (record.lease_expire_s, instance_id, incarnation))
+                heapq.heappush(self._leases, (record.lease_expire_s, number, record))
             else:
                 record.lease_expire_s = None
                 expired.append(record)

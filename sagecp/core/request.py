@@ -27,6 +27,9 @@ def payload_size_bytes(metadata: RequestMetadata) -> int:
         content = message.get("content")
         # Parts may hold images as data URLs; their text form is close to their size.
         size += len(content) if isinstance(content, str) else len(str(content))
+    if metadata.tools:
+        # Chat templates write them into the prompt.
+        size += len(str(metadata.tools))
     return size
 
 
@@ -38,7 +41,9 @@ class RequestRecord:
         model: The served name it waits for (filled in when the caller named none).
         sequence: Order of arrival, unique.
         arrival_s: When it arrived, on the core's clock.
-        deadline_s: When it expires, on the core's clock; ``None``: never.
+        deadline_s: When it expires wherever it is, on the core's clock; ``None``: never.
+        expire_s: When it expires if nothing changes: its deadline, or else the
+            end of its longest wait while it is queued; ``None``: never.
         size_bytes: What it counts in the queue's byte bound.
         prompt_token_count: Estimate, exact for token ids.
         expected_output_token_count: Estimate over all choices.
@@ -60,13 +65,14 @@ class RequestRecord:
         "epoch",
         "excluded_instance_ids",
         "expected_output_token_count",
+        "expire_s",
         "first_token_s",
         "instance_id",
         "machine",
         "metadata",
         "model",
         "prompt_token_count",
-        "queued",
+        "queue_ticket",
         "sequence",
         "size_bytes",
     )
@@ -79,11 +85,12 @@ class RequestRecord:
         self.deadline_s = (
             arrival_s + metadata.slo_deadline_ms / 1000.0 if metadata.slo_deadline_ms is not None else None
         )
+        self.expire_s = self.deadline_s
         self.size_bytes = payload_size_bytes(metadata)
         self.prompt_token_count = estimate_prompt_token_count(metadata)
         per_choice = metadata.max_tokens or DEFAULT_EXPECTED_OUTPUT_TOKEN_COUNT
         self.expected_output_token_count = metadata.choice_count * min(
-            per_choice, max(DEFAULT_EXPECTED_OUTPUT_TOKEN_COUNT, 1)
+            per_choice, DEFAULT_EXPECTED_OUTPUT_TOKEN_COUNT
         )
         self.epoch = 0
         self.instance_id = ""
@@ -92,8 +99,8 @@ class RequestRecord:
         self.dispatch_s: float | None = None
         self.first_token_s: float | None = None
         self.decisions: list[SchedulingDecision] = []
-        # Set by the queue; lets it delete lazily.
-        self.queued = False
+        # Set by the queue, 0 outside of it; lets it delete lazily.
+        self.queue_ticket = 0
         self.machine = StateMachine(
             f"request {metadata.request_id!r}", RequestState.QUEUED, REQUEST_TRANSITIONS
         )
@@ -107,6 +114,11 @@ class RequestRecord:
     def state(self) -> RequestState:
         """Where it is in its life."""
         return self.machine.state
+
+    @property
+    def queued(self) -> bool:
+        """Whether it waits in the queue."""
+        return self.queue_ticket != 0
 
     @property
     def expected_token_count(self) -> int:

@@ -38,6 +38,10 @@ from sagecp.core.types import (
     SchedulingDecision,
 )
 
+# Most requests that others pass in one dispatch because they wait for a better
+# instance: the bound on what a fleet with a failing engine costs each event.
+_STEP_OVER_LIMIT = 32
+
 
 class Scheduler:
     """Decides which request runs where, and when.
@@ -65,8 +69,8 @@ class Scheduler:
         self._requests: dict[str, RequestRecord] = {}
         # Deadlines, and the longest wait of requests without one.
         self._deadlines = DeadlineHeap()
-        # (time, instance id, incarnation): when a LOST instance is forgotten.
-        self._forgets: list[tuple[float, str, int]] = []
+        # (time, instance id): when a LOST instance is forgotten.
+        self._forgets: list[tuple[float, str]] = []
         self._arrival_sequence = 0
         self._dispatch_sequence = 0
         # Exponentially weighted completions per second, for truthful retry delays.
@@ -151,7 +155,7 @@ class Scheduler:
         self._arrival_sequence += 1
         self._requests[metadata.request_id] = record
         self.queue.push(record)
-        self._watch_deadline(record, now)
+        self._watch(record, now)
         effects.append(fx.RequestAccepted(record))
 
     def _on_request_cancelled(self, event: ev.RequestCancelled, now: float, effects: list[fx.Effect]) -> None:
@@ -188,7 +192,7 @@ class Scheduler:
             ttft_s = None if record.first_token_s is None else record.first_token_s - record.dispatch_s
             instance.learn(now - record.dispatch_s, ttft_s)
         self._note_completion(now)
-        self._end(record, RequestState.SUCCEEDED, None, effects)
+        self._end(record, RequestState.SUCCEEDED, None, effects, attempt_over=True)
 
     def _on_attempt_failed(self, event: ev.AttemptFailed, now: float, effects: list[fx.Effect]) -> None:
         record = self._current(event.request_id, event.epoch)
@@ -208,16 +212,17 @@ class Scheduler:
             or mode is FailoverMode.FAIL
             or record.epoch >= self.config.max_attempt_count
         ):
-            self._end(record, RequestState.FAILED, event.failure, effects)
+            self._end(record, RequestState.FAILED, event.failure, effects, attempt_over=True)
             return
-        if instance is not None:
-            instance.release(record)
+        self.fleet.release(record)
         record.excluded_instance_ids.add(record.instance_id)
         record.machine.to(RequestState.QUEUED)
         self.queue.push(record)
         if record.deadline_s is None:
-            self._watch_deadline(record, now)
+            self._watch(record, now)
         effects.append(fx.RequestRequeued(record, event.failure))
+        if instance is not None:
+            self._finish_drain(instance, effects)
 
     def _current(self, request_id: str, epoch: int) -> RequestRecord | None:
         """Return the request if this attempt is still its present one: late news is no news."""
@@ -225,28 +230,34 @@ class Scheduler:
         return record if record is not None and record.epoch == epoch and not record.queued else None
 
     def _end(
-        self, record: RequestRecord, state: RequestState, failure: Failure | None, effects: list[fx.Effect]
+        self,
+        record: RequestRecord,
+        state: RequestState,
+        failure: Failure | None,
+        effects: list[fx.Effect],
+        *,
+        attempt_over: bool = False,
     ) -> None:
-        if record.queued:
+        """End a request; its attempt, if it is on an engine, is aborted unless it is over."""
+        waited = record.queued
+        if waited:
             self.queue.remove(record)
-        elif state is not RequestState.SUCCEEDED and not (failure and failure.reason in _ENGINE_ENDED):
+        elif not attempt_over:
             effects.append(fx.AbortAttempt(record.request_id, record.epoch, record.instance_id))
         record.machine.to(state)
         del self._requests[record.request_id]
         effects.append(fx.RequestEnded(record, state, failure))
         # Last: releasing the place may complete a drain, which is news of its own.
-        instance = self.fleet.find(record.instance_id)
+        instance = None if waited else self.fleet.release(record)
         if instance is not None:
-            instance.release(record)
             self._finish_drain(instance, effects)
 
     def _resolve_model(self, model: str) -> str:
         if self.fleet.serves(model):
             return model
-        if not model:
-            primary = {instance.spec.model_name for instance in self.fleet}
-            if len(primary) == 1:
-                return primary.pop()
+        only = self.fleet.only_model()
+        if not model and only is not None:
+            return only
         raise ModelNotFoundError(model, self.fleet.models())
 
     def _retry_after_s(self) -> float:
@@ -262,23 +273,54 @@ class Scheduler:
     # -- dispatch ----------------------------------------------------------------
 
     def _dispatch(self, now: float, effects: list[fx.Effect]) -> None:
-        """Send out every request that an instance has room for, the most urgent first."""
-        for model in self.queue.models():
-            instances = self.fleet.serving(model)
-            while (record := self.queue.head(model)) is not None:
-                candidates = [i for i in instances if i.has_room_for(record)]
-                if not candidates:
-                    break
-                untried = [i for i in candidates if i.instance_id not in record.excluded_instance_ids]
-                if untried:
-                    candidates = untried
-                elif any(
-                    i.state is InstanceState.READY and i.instance_id not in record.excluded_instance_ids
-                    for i in instances
-                ):
-                    # A better instance is only busy: wait for it rather than go back.
-                    break
-                self._place(record, candidates, now, effects)
+        """Send out every request that an instance has room for, the most urgent first.
+
+        The order holds over all models, because one instance may serve several.
+        Within a model nobody overtakes a request that is only too big for the
+        room there is, or it would never have its turn.
+        """
+        queue, fleet = self.queue, self.fleet
+        heads = [head for head in map(queue.head, queue.models()) if head and fleet.is_open(head[2].model)]
+        heapq.heapify(heads)
+        stepped_over: list[str] = []
+        while heads:
+            record = heapq.heappop(heads)[2]
+            model = record.model
+            candidates = fleet.with_room_for(record)
+            if not candidates:
+                continue
+            preferred = self._prefer_untried(record, candidates)
+            if preferred:
+                self._place(record, preferred, now, effects)
+            elif len(stepped_over) < _STEP_OVER_LIMIT:
+                queue.step_over(model)
+                stepped_over.append(model)
+            else:
+                continue
+            head = queue.head(model)
+            if head is not None:
+                heapq.heappush(heads, head)
+        for model in stepped_over:
+            queue.step_back(model)
+
+    def _prefer_untried(
+        self, record: RequestRecord, candidates: list[InstanceRecord]
+    ) -> list[InstanceRecord]:
+        """Return the candidates that lost no attempt of the request, or all if there is nothing better.
+
+        None at all means that better instances are only busy: the request
+        waits for one rather than go back, and others may pass it.
+        """
+        excluded = record.excluded_instance_ids
+        if not excluded:
+            return candidates
+        untried = [i for i in candidates if i.instance_id not in excluded]
+        if not untried and not any(
+            i.state is InstanceState.READY and i.instance_id not in excluded
+            for i in self.fleet.serving(record.model)
+        ):
+            return candidates
+        return untried
 
     def _place(
         self, record: RequestRecord, candidates: list[InstanceRecord], now: float, effects: list[fx.Effect]
@@ -304,10 +346,12 @@ class Scheduler:
         record.machine.to(RequestState.DISPATCHED)
         record.instance_id = placement.instance_id
         record.dispatch_s = now
+        record.expire_s = record.deadline_s
         record.delivered = False
         record.decisions.append(decision)
         self._dispatch_sequence += 1
         instance.take(record, self._dispatch_sequence)
+        self.fleet.settle(instance)
         effects.append(fx.DispatchAttempt(record, record.epoch, placement.instance_id, decision))
 
     # -- instances ---------------------------------------------------------------
@@ -315,16 +359,7 @@ class Scheduler:
     def _on_instance_registered(
         self, event: ev.InstanceRegistered, now: float, effects: list[fx.Effect]
     ) -> None:
-        record, previous = self.fleet.add(event.instance, event.incarnation, now)
-        if previous is not None:
-            # The same engine as far as its open connections go: what runs, runs on.
-            record.in_flight = previous.in_flight
-            record.reserved_token_count = previous.reserved_token_count
-            record.latency_estimate_s = previous.latency_estimate_s
-            record.ttft_estimate_s = previous.ttft_estimate_s
-            record.last_dispatch_sequence = previous.last_dispatch_sequence
-            record.completed_request_count = previous.completed_request_count
-            record.failed_attempt_count = previous.failed_attempt_count
+        record = self.fleet.add(event.instance, event.incarnation, now)
         effects.append(fx.InstanceChanged(record.instance_id, record.state, None, "registered"))
         if event.incarnation:
             self.fleet.extend_lease(record, now + self.config.lease_duration_s)
@@ -343,6 +378,7 @@ class Scheduler:
         record.gpus = event.gpus
         record.gpu_absent_reason = event.gpu_absent_reason
         record.follow_gauges(event.gauges)
+        self.fleet.settle(record)
         self.fleet.extend_lease(record, now + self.config.lease_duration_s)
         self._follow_condition(record, event.condition, event.condition_reason, effects)
 
@@ -356,14 +392,29 @@ class Scheduler:
 
     def _on_drain_requested(self, event: ev.DrainRequested, now: float, effects: list[fx.Effect]) -> None:
         record = self.fleet.get(event.instance_id)
-        if event.undo:
-            if record.state not in {InstanceState.DRAINING, InstanceState.DRAINED}:
-                raise IllegalTransitionError(
-                    f"instance {event.instance_id!r}", record.machine.history, InstanceState.READY
-                )
-            self._move(record, InstanceState.READY, "drain undone", effects)
-        elif record.state not in {InstanceState.DRAINING, InstanceState.DRAINED}:
-            self._move(record, InstanceState.DRAINING, "drain requested", effects)
+        if not event.undo:
+            record.drain = True
+            # A LOST instance starts to drain when its agent is back.
+            if record.state is not InstanceState.LOST:
+                self._drain(record, "drain requested", effects)
+            return
+        if not record.drain:
+            raise IllegalTransitionError(
+                f"instance {event.instance_id!r}", record.machine.history, InstanceState.READY
+            )
+        record.drain = False
+        if record.state is not InstanceState.LOST:
+            if record.unreachable or record.condition is EngineCondition.UNHEALTHY:
+                target = InstanceState.UNHEALTHY
+            elif record.condition is EngineCondition.HEALTHY:
+                target = InstanceState.READY
+            else:
+                target = InstanceState.STARTING
+            self._move(record, target, "drain undone", effects)
+
+    def _drain(self, record: InstanceRecord, reason: str, effects: list[fx.Effect]) -> None:
+        if record.state not in {InstanceState.DRAINING, InstanceState.DRAINED}:
+            self._move(record, InstanceState.DRAINING, reason, effects)
             self._finish_drain(record, effects)
 
     def _finish_drain(self, record: InstanceRecord, effects: list[fx.Effect]) -> None:
@@ -374,7 +425,10 @@ class Scheduler:
         self, record: InstanceRecord, condition: EngineCondition, reason: str, effects: list[fx.Effect]
     ) -> None:
         """Let an instance follow the health of its engine. A drain outlasts health."""
-        if record.state in {InstanceState.DRAINING, InstanceState.DRAINED}:
+        if condition is not EngineCondition.UNKNOWN:
+            record.condition = condition
+        if record.drain:
+            self._drain(record, "the drain goes on", effects)
             return
         if record.unreachable and condition is EngineCondition.HEALTHY:
             return
@@ -399,6 +453,7 @@ class Scheduler:
         previous = record.state
         record.machine.to(target)
         record.state_reason = reason
+        self.fleet.settle(record)
         effects.append(fx.InstanceChanged(record.instance_id, target, previous, reason))
 
     # -- configuration and time ----------------------------------------------------
@@ -425,19 +480,22 @@ class Scheduler:
                     f"no heartbeat for {self.config.lease_duration_s:g} s",
                     effects,
                 )
-            forget_s = now + self.config.lost_retention_s
-            heapq.heappush(self._forgets, (forget_s, instance.instance_id, instance.incarnation))
+            instance.forget_s = now + self.config.lost_retention_s
+            heapq.heappush(self._forgets, (instance.forget_s, instance.instance_id))
         while self._forgets and self._forgets[0][0] <= now:
-            _, instance_id, incarnation = heapq.heappop(self._forgets)
+            forget_s, instance_id = heapq.heappop(self._forgets)
             lost = self.fleet.find(instance_id)
-            if lost is not None and lost.incarnation == incarnation and lost.state is InstanceState.LOST:
+            # It may have come back since, and been lost again later.
+            if lost is not None and lost.state is InstanceState.LOST and lost.forget_s == forget_s:
                 self.fleet.remove(lost)
                 effects.append(fx.InstanceRemoved(instance_id, "lost and not seen again"))
         for record in self._deadlines.pop_due(now, self._requests):
             self._expire(record, effects)
 
-    def _watch_deadline(self, record: RequestRecord, now: float) -> None:
+    def _watch(self, record: RequestRecord, now: float) -> None:
+        """Make sure that a request which enters the queue does not wait for ever."""
         expire_s = record.deadline_s if record.deadline_s is not None else now + self.config.queue_timeout_s
+        record.expire_s = expire_s
         self._deadlines.add(expire_s, record.request_id, self._requests)
 
     def _expire(self, record: RequestRecord, effects: list[fx.Effect]) -> None:
@@ -445,22 +503,9 @@ class Scheduler:
             message = f"the deadline of {(record.deadline_s - record.arrival_s) * 1000:.0f} ms passed"
             where = "while it waited" if record.queued else f"while it ran on {record.instance_id}"
             message = f"{message} {where}"
-        elif record.queued:
+        else:
             message = (
                 f"it waited {self.config.queue_timeout_s:g} s "
                 f"and no instance that serves {record.model!r} had room"
             )
-        else:
-            return  # It left the queue in time and has no deadline.
         self._end(record, RequestState.EXPIRED, Failure(ErrorReason.DEADLINE_EXCEEDED, message), effects)
-
-
-# Failures after which the engine has nothing left to abort.
-_ENGINE_ENDED = frozenset(
-    {
-        ErrorReason.ENGINE_REJECTED,
-        ErrorReason.ENGINE_FAILED,
-        ErrorReason.ENGINE_TIMEOUT,
-        ErrorReason.ENGINE_UNREACHABLE,
-    }
-)

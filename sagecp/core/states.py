@@ -46,12 +46,25 @@ INSTANCE_TRANSITIONS: Mapping[InstanceState, frozenset[InstanceState]] = {
         {InstanceState.READY, InstanceState.UNHEALTHY, InstanceState.DRAINING, InstanceState.LOST}
     ),
     InstanceState.READY: frozenset({InstanceState.UNHEALTHY, InstanceState.DRAINING, InstanceState.LOST}),
-    InstanceState.DRAINING: frozenset({InstanceState.DRAINED, InstanceState.READY, InstanceState.LOST}),
-    InstanceState.DRAINED: frozenset({InstanceState.READY, InstanceState.LOST}),
+    # A drain that is undone leads to wherever the engine's condition would have led.
+    InstanceState.DRAINING: frozenset(
+        {
+            InstanceState.DRAINED,
+            InstanceState.STARTING,
+            InstanceState.READY,
+            InstanceState.UNHEALTHY,
+            InstanceState.LOST,
+        }
+    ),
+    InstanceState.DRAINED: frozenset(
+        {InstanceState.STARTING, InstanceState.READY, InstanceState.UNHEALTHY, InstanceState.LOST}
+    ),
     InstanceState.UNHEALTHY: frozenset(
         {InstanceState.STARTING, InstanceState.READY, InstanceState.DRAINING, InstanceState.LOST}
     ),
-    InstanceState.LOST: frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.UNHEALTHY}),
+    InstanceState.LOST: frozenset(
+        {InstanceState.STARTING, InstanceState.READY, InstanceState.UNHEALTHY, InstanceState.DRAINING}
+    ),
 }
 
 _HISTORY_LIMIT = 32

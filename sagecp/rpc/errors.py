@@ -13,9 +13,14 @@ from google.rpc import error_details_pb2, status_pb2
 from sagecp.core.errors import ErrorReason, InvalidRequestError, SageError
 
 DOMAIN = "sagecp"
-# Clients refuse metadata beyond 8 to 16 KiB (grpc#37852), and details travel in base64 beside the message.
-MAX_DETAIL_TEXT = 1024
-MAX_VIOLATION_TEXT = 3072
+# Clients refuse trailers beyond 8 KiB (grpc#37852) and then know nothing of what was wrong. The message
+# travels percent-encoded (three bytes for each that is not printable ASCII), and once more, with the
+# details, in base64. So these count bytes as they travel, and together stay below 8 KiB.
+MAX_MESSAGE_BYTES = 1024
+MAX_METADATA_BYTES = 1024
+MAX_VIOLATION_BYTES = 3072
+_MAX_DESCRIPTION_BYTES = 384
+_VIOLATION_OVERHEAD_BYTES = 8
 
 _CODES: Mapping[ErrorReason, grpc.StatusCode] = {
     ErrorReason.INVALID_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
@@ -59,10 +64,12 @@ def to_status(error: SageError, rpc_id: str) -> status_pb2.Status:
         error: What went wrong.
         rpc_id: Id of the call, so that a user can name it to an operator.
     """
-    metadata = {key: value[:MAX_DETAIL_TEXT] for key, value in error.metadata.items()}
-    details: list[Message] = [
-        error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata)
-    ]
+    info = error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN)
+    room = MAX_METADATA_BYTES
+    for key, value in error.metadata.items():
+        info.metadata[key] = _clip(value, room // 2)
+        room -= len(key) + len(info.metadata[key].encode())
+    details: list[Message] = [info]
     if isinstance(error, InvalidRequestError):
         details.append(_bad_request(error))
     if error.retry_after_s is not None:
@@ -76,19 +83,37 @@ def to_status(error: SageError, rpc_id: str) -> status_pb2.Status:
         holder.Pack(detail)
         packed.append(holder)
     code: int = status_code_of(error.reason).value[0]
-    return status_pb2.Status(code=code, message=error.message[:MAX_DETAIL_TEXT], details=packed)
+    return status_pb2.Status(code=code, message=_clip_header(error.message), details=packed)
+
+
+def _clip(text: str, limit: int) -> str:
+    """Return the beginning of a text that fits into ``limit`` bytes of UTF-8."""
+    data = text.encode(errors="replace")
+    return data.decode() if len(data) <= limit else data[: max(0, limit - 3)].decode(errors="ignore") + "..."
+
+
+def _clip_header(text: str) -> str:
+    """Return the beginning of a text that fits as a percent-encoded header."""
+    size = 0
+    for index, character in enumerate(text):
+        plain = " " <= character <= "~" and character != "%"
+        size += 1 if plain else 3 * len(character.encode(errors="replace"))
+        if size > MAX_MESSAGE_BYTES - 3:
+            return _clip(text[:index], MAX_MESSAGE_BYTES) + "..."
+    return _clip(text, MAX_MESSAGE_BYTES)
 
 
 def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
     """Return every violation, as far as they fit; a last entry counts the others."""
     detail = error_details_pb2.BadRequest()
-    room = MAX_VIOLATION_TEXT
+    room = MAX_VIOLATION_BYTES
     for index, violation in enumerate(error.violations):
-        description = violation.description[:256]
-        room -= len(violation.field) + len(description)
+        field = _clip(violation.field, _MAX_DESCRIPTION_BYTES)
+        description = _clip(violation.description, _MAX_DESCRIPTION_BYTES)
+        room -= len(field.encode()) + len(description.encode()) + _VIOLATION_OVERHEAD_BYTES
         if room < 0:
             rest = len(error.violations) - index
             detail.field_violations.add(field="", description=f"and {rest} more bad fields")
             break
-        detail.field_violations.add(field=violation.field, description=description)
+        detail.field_violations.add(field=field, description=description)
     return detail

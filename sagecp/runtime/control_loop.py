@@ -29,6 +29,9 @@ from sagecp.runtime.requests import RequestHandle, RequestTable
 
 logger = logging.getLogger(__name__)
 
+# Nothing that an operator should look into; and an engine's refusal may quote the request.
+_CALLER_FAULTS = frozenset({ErrorReason.ENGINE_REJECTED, ErrorReason.INVALID_REQUEST})
+
 
 class ControlLoop:
     """Feeds the core what happens and does what it decides.
@@ -81,6 +84,8 @@ class ControlLoop:
         if monitoring:
             watch = self.monitor.watch_event_loop(self._config.monitoring_interval_s)
             self._loops.append(loop.create_task(watch, name="sagecp-monitoring"))
+        # Leases of instances that registered before the start.
+        self._arm_timer(self.clock())
 
     async def stop(self) -> None:
         """End every live request as FAILED, and every task."""
@@ -216,7 +221,11 @@ class ControlLoop:
         handle.end_attempt(now, effect.failure)
         handle.task = None
         self._record_sample(handle, effect.state, now)
-        if effect.state is RequestState.FAILED and effect.failure is not None:
+        if (
+            effect.state is RequestState.FAILED
+            and effect.failure is not None
+            and effect.failure.reason not in _CALLER_FAULTS
+        ):
             self.monitor.fault(
                 effect.failure.message, instance_id=record.instance_id, request_id=record.request_id
             )
@@ -251,7 +260,7 @@ class ControlLoop:
         if effect.previous is None:
             self.coordinator.attach(self.scheduler.fleet.get(effect.instance_id).spec)
         elif effect.state in {InstanceState.UNHEALTHY, InstanceState.LOST}:
-            self.health.probe_soon()
+            self.health.probe_soon(effect.instance_id)
             self.monitor.fault(
                 f"instance became {effect.state.name}: {effect.reason}", instance_id=effect.instance_id
             )
@@ -288,6 +297,10 @@ class ControlLoop:
         while True:
             await asyncio.sleep(self._config.scheduling_interval_s)
             now = self.clock()
-            if len(self.scheduler.queue):
-                self._perform(self.scheduler.handle(ev.ClockAdvanced(), now), now)
-            self.requests.drop_old(now)
+            try:
+                if len(self.scheduler.queue):
+                    self._perform(self.scheduler.handle(ev.ClockAdvanced(), now), now)
+                self.requests.drop_old(now)
+            except Exception:
+                # A net with a hole is still a net.
+                logger.exception("scheduling pass crashed")

@@ -127,6 +127,16 @@ class ExecutionCoordinator:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
+    def _engine_of(self, instance: ExecutionInstance) -> _Engine:
+        endpoint = EngineEndpoint(instance.engine_url, instance.api_key)
+        engine = self._engines.get(instance.instance_id)
+        if engine is None or engine.endpoint != endpoint:
+            # It left the fleet, or moved, after the decision; or was never in it. A client for
+            # this call alone: attaching would bring back what was taken out.
+            engine = _Engine(endpoint, self._factory(endpoint))
+            engine.retired = True
+        return engine
+
     async def execute_request(
         self,
         request: RequestMetadata,
@@ -153,14 +163,13 @@ class ExecutionCoordinator:
             InvalidRequestError: It cannot be put into the engine's terms.
         """
         del decision
-        self.attach(instance)
-        engine = self._engines[instance.instance_id]
         call = make_engine_call(
             request,
             model_name or request.model_name or instance.model_name,
             token_ids=self._config.token_ids,
         )
         collected = _CollectingSink() if sink is None else None
+        engine = self._engine_of(instance)
         engine.call_count += 1
         self._started += 1
         try:
@@ -206,7 +215,7 @@ class ExecutionCoordinator:
             succeeded_count=self._succeeded,
             failed_count=self._failed,
             aborted_count=self._aborted,
-            running_count=sum(engine.call_count for engine in self._engines.values()),
+            running_count=self._started - self._succeeded - self._failed - self._aborted,
             instance_count=len(self._engines),
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
 from collections.abc import Callable, Iterable
 
 from sagecp.core.errors import InstanceNotFoundError
@@ -11,12 +13,17 @@ from sagecp.core.events import HealthProbed
 from sagecp.core.types import EngineCondition
 from sagecp.runtime.executor import ExecutionCoordinator
 
+logger = logging.getLogger(__name__)
+
+UNHEALTHY_INTERVAL_S = 1.0
+
 
 class HealthLoop:
     """Asks ``/health`` of engines, at once when there is a reason and then at an interval.
 
-    An instance that is not healthy is asked again sooner, so that it comes
-    back within about a second.
+    Every instance has its own rhythm, so that one that does not answer delays
+    nobody else. An instance that is not healthy is asked again sooner, so that
+    it comes back within about a second.
 
     Args:
         coordinator: Knows how to reach engines.
@@ -32,40 +39,77 @@ class HealthLoop:
         targets: Callable[[], Iterable[str]],
         report: Callable[[HealthProbed], None],
         interval_s: float,
-        concurrency: int = 64,
+        concurrency: int = 256,
     ) -> None:
         self._coordinator = coordinator
         self._targets = targets
         self._report = report
         self._interval_s = interval_s
         self._slots = asyncio.Semaphore(concurrency)
-        self._soon = asyncio.Event()
-        self._unhealthy: set[str] = set()
+        self._wake = asyncio.Event()
+        self._wake_s = 0.0
+        # When to probe next, on the event loop's clock; infinite while a probe is in progress.
+        self._due_s: dict[str, float] = {}
+        self._probes: dict[str, asyncio.Task[None]] = {}
 
-    def probe_soon(self) -> None:
-        """Probe at once: an instance joined, or a call found one dead."""
-        self._soon.set()
+    def probe_soon(self, instance_id: str) -> None:
+        """Probe at once: the instance joined, or a call found it dead."""
+        self._due_s[instance_id] = 0.0
+        self._wake.set()
 
     async def run(self) -> None:
         """Probe for ever."""
-        while True:
-            self._soon.clear()
-            ids = list(self._targets())
-            self._unhealthy.intersection_update(ids)
-            await asyncio.gather(*(self._probe(instance_id) for instance_id in ids))
-            wait_s = min(self._interval_s, 1.0) if self._unhealthy else self._interval_s
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._soon.wait(), wait_s)
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                self._wake.clear()
+                self._wake_s = self._start_due(loop.time())
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), max(0.0, self._wake_s - loop.time()))
+        finally:
+            probes = list(self._probes.values())
+            for probe in probes:
+                probe.cancel()
+            await asyncio.gather(*probes, return_exceptions=True)
+            # A task that is cancelled before its first step takes itself out of nothing.
+            self._probes.clear()
+            self._due_s.clear()
+
+    def _start_due(self, now: float) -> float:
+        """Start every probe that is due; return when to look again."""
+        targets = dict.fromkeys(self._targets())
+        for instance_id in [known for known in self._due_s if known not in targets]:
+            del self._due_s[instance_id]
+        next_s = now + self._interval_s
+        for instance_id in targets:
+            if instance_id in self._probes:
+                continue
+            due_s = self._due_s.get(instance_id, 0.0)
+            if due_s <= now:
+                self._due_s[instance_id] = math.inf
+                self._probes[instance_id] = asyncio.get_running_loop().create_task(self._probe(instance_id))
+            else:
+                next_s = min(next_s, due_s)
+        return next_s
 
     async def _probe(self, instance_id: str) -> None:
-        async with self._slots:
-            try:
+        interval_s = self._interval_s
+        try:
+            async with self._slots:
                 health = await self._coordinator.health_check(instance_id)
-            except InstanceNotFoundError:
-                return  # It left meanwhile.
-        if health.healthy:
-            self._unhealthy.discard(instance_id)
-            self._report(HealthProbed(instance_id, EngineCondition.HEALTHY))
-        else:
-            self._unhealthy.add(instance_id)
-            self._report(HealthProbed(instance_id, EngineCondition.UNHEALTHY, health.detail))
+            if health.healthy:
+                self._report(HealthProbed(instance_id, EngineCondition.HEALTHY))
+            else:
+                interval_s = min(interval_s, UNHEALTHY_INTERVAL_S)
+                self._report(HealthProbed(instance_id, EngineCondition.UNHEALTHY, health.detail))
+        except InstanceNotFoundError:
+            pass  # It left meanwhile.
+        except Exception:
+            logger.exception("health probe crashed", extra={"instance_id": instance_id})
+        finally:
+            self._probes.pop(instance_id, None)
+            # Unless somebody asked for another probe meanwhile, which may know less than we found.
+            if self._due_s.get(instance_id) == math.inf:
+                self._due_s[instance_id] = asyncio.get_running_loop().time() + interval_s
+            if self._due_s.get(instance_id, math.inf) < self._wake_s:
+                self._wake.set()

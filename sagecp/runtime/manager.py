@@ -13,6 +13,7 @@ from sagecp.config import EngineConfig, RuntimeConfig
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.errors import (
+    InvalidRequestError,
     RequestFailedError,
     RequestIdConflictError,
     ShuttingDownError,
@@ -28,9 +29,10 @@ from sagecp.core.types import (
     RequestStatus,
     SchedulingDecision,
 )
-from sagecp.core.validation import check_instance, check_request
+from sagecp.core.validation import check_instance, request_violations
 from sagecp.runtime.control_loop import ControlLoop
 from sagecp.runtime.engines.base import EngineDelta
+from sagecp.runtime.engines.request_body import body_violations
 from sagecp.runtime.executor import ClientFactory, ExecutionCoordinator
 from sagecp.runtime.monitor import DEFAULT_WINDOW_S, MetricsKey, Monitor
 from sagecp.runtime.requests import Reading, RequestHandle, RequestTable, fingerprint
@@ -101,6 +103,8 @@ class ControlPlaneManager:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those that were accepted; return whether all ended."""
         self._accepting = False
+        if self._loop.idle.is_set():
+            return True  # With a timeout of 0, wait_for would not even look.
         try:
             await asyncio.wait_for(self._loop.idle.wait(), timeout_s)
         except TimeoutError:
@@ -143,7 +147,9 @@ class ControlPlaneManager:
             checked: Its fields were checked already.
         """
         if not checked:
-            check_request(request)
+            violations = [*request_violations(request), *body_violations(request)]
+            if violations:
+                raise InvalidRequestError(violations)
         if request.request_id:
             digest = fingerprint(request)
             known = self._loop.requests.find(request.request_id)
@@ -253,7 +259,7 @@ class ControlPlaneManager:
         check_instance(instance)
         self._loop.feed(ev.InstanceRegistered(instance, incarnation))
         if incarnation == 0:
-            self._loop.health.probe_soon()
+            self._loop.health.probe_soon(instance.instance_id)
 
     def deregister_instance(self, instance_id: str, incarnation: int = 0, cause: str = "") -> int:
         """Remove an instance; return how many requests still run on it.

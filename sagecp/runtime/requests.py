@@ -21,6 +21,19 @@ def fingerprint(metadata: RequestMetadata) -> bytes:
     return hashlib.blake2b(msgspec.json.encode(metadata, order="deterministic"), digest_size=16).digest()
 
 
+class _Attempt:
+    """One execution, while it may still change. Times are on the core's clock."""
+
+    __slots__ = ("dispatch_s", "end_s", "epoch", "failure", "instance_id")
+
+    def __init__(self, epoch: int, instance_id: str, dispatch_s: float) -> None:
+        self.epoch = epoch
+        self.instance_id = instance_id
+        self.dispatch_s = dispatch_s
+        self.end_s: float | None = None
+        self.failure: Failure | None = None
+
+
 class RequestHandle:
     """One request with everything the runtime adds to the core's record.
 
@@ -55,7 +68,7 @@ class RequestHandle:
         self.fingerprint = digest
         self.sequence = sequence
         self.wall_offset_s = wall_offset_s
-        self.attempts: list[AttemptRecord] = []
+        self.attempts: list[_Attempt] = []
         self.task: asyncio.Task[None] | None = None
         self.outcome: EngineOutcome | None = None
         self.failure: Failure | None = None
@@ -91,20 +104,13 @@ class RequestHandle:
 
     def start_attempt(self, now: float) -> None:
         """Note a dispatch."""
-        self.attempts.append(
-            AttemptRecord(
-                epoch=self.record.epoch,
-                instance_id=self.record.instance_id,
-                dispatch_time_s=now + self.wall_offset_s,
-            )
-        )
+        self.attempts.append(_Attempt(self.record.epoch, self.record.instance_id, now))
 
     def end_attempt(self, now: float, failure: Failure | None) -> None:
         """Note the end of the present attempt."""
-        if self.attempts and self.attempts[-1].end_time_s is None:
-            self.attempts[-1] = dataclasses.replace(
-                self.attempts[-1], end_time_s=now + self.wall_offset_s, failure=failure
-            )
+        if self.attempts and self.attempts[-1].end_s is None:
+            self.attempts[-1].end_s = now
+            self.attempts[-1].failure = failure
 
     def status(self, queue_position: int | None) -> RequestStatus:
         """Return what is known now."""
@@ -128,7 +134,16 @@ class RequestHandle:
             end_time_s=wall(self.end_s),
             deadline_time_s=wall(record.deadline_s),
             instance_id=record.instance_id,
-            attempts=tuple(self.attempts),
+            attempts=tuple(
+                AttemptRecord(
+                    epoch=attempt.epoch,
+                    instance_id=attempt.instance_id,
+                    dispatch_time_s=attempt.dispatch_s + self.wall_offset_s,
+                    end_time_s=wall(attempt.end_s),
+                    failure=attempt.failure,
+                )
+                for attempt in self.attempts
+            ),
             usage=self.usage(),
             finish_reason=self.finish_reason,
             failure=self.failure,

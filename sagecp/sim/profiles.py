@@ -118,11 +118,12 @@ _NAMED = (
     _profile("8b-l4", 2.5, 62, 60, 10, 210, 0.55, 8.7, 34_000),
     _profile("70b-h100-tp4", 2.5, 16.8, 18, 12.0, 66.6, 0.031, 1.2, 430_000, 4),
     _70B_H100_TP8,
+    replace(_8B_H100, name="8b-h100-pessimistic", memory_base_s=10.5 * _MS, compute_per_token_s=150 * _US),
     replace(
-        _8B_H100, name="8b-h100-pessimistic", memory_base_s=10.5 * _MS, compute_per_token_s=150 * _US
-    ),
-    replace(
-        _70B_H100_TP8, name="70b-h100-tp8-pessimistic", memory_base_s=20.5 * _MS, compute_per_token_s=300 * _US
+        _70B_H100_TP8,
+        name="70b-h100-tp8-pessimistic",
+        memory_base_s=20.5 * _MS,
+        compute_per_token_s=300 * _US,
     ),
     _profile(INSTANT_PROFILE, 0, 0, 0, 0, 0, 0, 0, 524_288),
     # Only the KV capacity counts: the fixed times are given beside it.

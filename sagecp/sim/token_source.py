@@ -58,13 +58,21 @@ class TokenSource:
         prompt_token_ids: The context so far.
         sampling_seed: ``None`` for greedy decoding; else the answer also
             depends on this number, and ends by itself.
+        endless: Never choose the end token.
     """
 
-    __slots__ = ("_salt", "_sampled", "_state")
+    __slots__ = ("_can_end", "_salt", "_state")
 
-    def __init__(self, seed: int, prompt_token_ids: Sequence[int], sampling_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        prompt_token_ids: Sequence[int],
+        sampling_seed: int | None = None,
+        *,
+        endless: bool = False,
+    ) -> None:
         self._state = fold_context(seed, prompt_token_ids)
-        self._sampled = sampling_seed is not None
+        self._can_end = sampling_seed is not None and not endless
         self._salt = 0 if sampling_seed is None else ((sampling_seed + 1) * _MIX) & _MASK
 
     def next_token(self, may_end: bool) -> int:
@@ -76,7 +84,7 @@ class TokenSource:
         mixed = self._state ^ self._salt
         mixed = ((mixed ^ (mixed >> 31)) * _MIX) & _MASK
         mixed = ((mixed ^ (mixed >> 29)) * _BASE) & _MASK
-        if self._sampled and may_end and (mixed & 0xFFFF_FFFF) < _END_THRESHOLD:
+        if self._can_end and may_end and (mixed & 0xFFFF_FFFF) < _END_THRESHOLD:
             token_id = EOS_ID
         else:
             token_id = GENERATED_IDS[(mixed >> 32) % _GENERATED_COUNT]

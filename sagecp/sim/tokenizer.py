@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections.abc import Iterable, Sequence
 
 from sagecp.sim.vocabulary import COMMON_WORDS
@@ -29,11 +30,16 @@ def _pieces() -> list[str]:
     syllables = [c + v for c in _CONSONANTS for v in _VOWELS]
     syllables += [v + c for v in _VOWELS for c in _CONSONANTS]
     syllables += [c + v + d for c in _CONSONANTS for v in _VOWELS for d in _CONSONANTS]
+    letters = [" " + letter for letter in string.ascii_letters]
     numbers = [prefix + str(number) for number in range(100) for prefix in (" ", "")]
     numbers += [str(number) for number in range(100, 1000)]
     spaces = [" " * count for count in range(2, 17)] + ["\n" * count for count in range(2, 5)]
     punctuation = [mark + " " for mark in ",.;:!?"] + ["()", "://", "==", "->", "..."]
-    return [piece for piece in dict.fromkeys(words + syllables + numbers + spaces + punctuation) if piece]
+    return [
+        piece
+        for piece in dict.fromkeys(words + letters + syllables + numbers + spaces + punctuation)
+        if piece
+    ]
 
 
 _TOKEN_BYTES: tuple[bytes, ...] = (

@@ -93,4 +93,4 @@ class RoutingStrategy(ABC):
 
     @abstractmethod
     def place(self, request: RequestRecord, candidates: Sequence[InstanceView]) -> Placement:
-        """Choose. ``candidates`` is not empty and in order of registration."""
+        """Choose. ``candidates`` is not empty; its order is reproducible and means nothing."""

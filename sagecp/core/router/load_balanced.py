@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -31,15 +32,20 @@ class LoadBalancedStrategy(RoutingStrategy):
     def place(self, request: RequestRecord, candidates: Sequence[InstanceView]) -> Placement:
         """Choose the lowest score."""
         scores = self._balancer.scores(request, candidates)
-        order = sorted(
-            range(len(candidates)),
-            key=lambda i: (scores[i], candidates[i].last_dispatch_sequence, candidates[i].instance_id),
-        )
-        best = order[0]
-        return Placement(
-            candidates[best].instance_id,
-            tuple(
-                CandidateScore(candidates[i].instance_id, scores[i]) for i in order[:RECEIPT_CANDIDATE_LIMIT]
+        # Ids are unique: no comparison gets as far as the candidates themselves.
+        ranked = heapq.nsmallest(
+            RECEIPT_CANDIDATE_LIMIT,
+            zip(
+                scores,
+                [c.last_dispatch_sequence for c in candidates],
+                [c.instance_id for c in candidates],
+                candidates,
+                strict=True,
             ),
-            self._balancer.reason(request, candidates[best], scores[best]),
+        )
+        score, _, instance_id, best = ranked[0]
+        return Placement(
+            instance_id,
+            tuple(CandidateScore(candidate_id, value) for value, _, candidate_id, _ in ranked),
+            self._balancer.reason(request, best, score),
         )

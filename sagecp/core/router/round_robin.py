@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -26,12 +27,11 @@ class RoundRobinStrategy(RoutingStrategy):
 
     def place(self, request: RequestRecord, candidates: Sequence[InstanceView]) -> Placement:
         """Choose the one whose last dispatch is oldest."""
-        order = sorted(candidates, key=lambda c: (c.last_dispatch_sequence, c.instance_id))
+        order = heapq.nsmallest(
+            RECEIPT_CANDIDATE_LIMIT, [(c.last_dispatch_sequence, c.instance_id) for c in candidates]
+        )
         return Placement(
-            order[0].instance_id,
-            tuple(
-                CandidateScore(c.instance_id, float(c.last_dispatch_sequence))
-                for c in order[:RECEIPT_CANDIDATE_LIMIT]
-            ),
+            order[0][1],
+            tuple(CandidateScore(instance_id, float(sequence)) for sequence, instance_id in order),
             "round_robin: chosen longest ago",
         )

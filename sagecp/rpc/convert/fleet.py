@@ -93,7 +93,7 @@ def _split_engine_url(url: str, violations: list[FieldViolation]) -> tuple[str, 
         violations.append(FieldViolation("engine_url", f"has more than scheme, host and port; {hint}"))
     elif parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
         violations.append(FieldViolation("engine_url", f"{url[:200]!r} is not usable; {hint}"))
-    return parts.scheme, parts.hostname or "", port or _DEFAULT_PORTS.get(parts.scheme, 0)
+    return parts.scheme, parts.hostname or "", _DEFAULT_PORTS.get(parts.scheme, 0) if port is None else port
 
 
 def instance_to_proto(record: InstanceRecord, wall_offset_s: float) -> instance_pb2.Instance:

@@ -29,6 +29,7 @@ from sagecp.rpc.convert.common import (
     value_to_json,
 )
 from sagecp.rpc.errors import status_code_of
+from sagecp.runtime.engines.request_body import body_violations
 from sagecp.v1 import parallelism_pb2, request_pb2, scheduling_pb2
 from sagecp.v1.error_pb2 import ErrorReason as ErrorReasonProto
 
@@ -92,6 +93,8 @@ def request_from_proto(spec: request_pb2.RequestSpec, tenant_id: str) -> Request
         values["labels"] = dict(spec.labels)
     metadata = RequestMetadata(**values)
     violations.extend(request_violations(metadata))
+    named = {violation.field for violation in violations}
+    violations.extend(v for v in body_violations(metadata) if v.field not in named)
     if violations:
         raise InvalidRequestError(prefixed("spec", violations))
     return metadata

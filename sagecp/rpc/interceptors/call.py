@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from sagecp.core.errors import RequestFailedError, SageError
+from sagecp.core.errors import FieldViolation, InvalidRequestError, RequestFailedError, SageError
 from sagecp.rpc.errors import status_code_of, to_status
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
         inner: Handler = getattr(handler, kind)
         return getattr(grpc, f"{kind}_rpc_method_handler")(
-            self._around(method, inner), handler.request_deserializer, handler.response_serializer
+            self._around(method, inner),
+            _guarded(handler.request_deserializer, streaming=handler.request_streaming),
+            handler.response_serializer,
         )
 
     def _around(self, method: str, inner: Handler) -> Handler:
@@ -104,6 +107,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             for observer in observers:
                 observer.started(info)
             try:
+                if request is _MALFORMED:
+                    raise _malformed_error()
                 return await inner(request, context)
             except asyncio.CancelledError:
                 info.code = grpc.StatusCode.CANCELLED
@@ -127,9 +132,34 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return call
 
 
+# Stands for a request that is not a message of its type.
+_MALFORMED = object()
+
+
+def _malformed_error() -> InvalidRequestError:
+    return InvalidRequestError(
+        [FieldViolation("message", "the bytes are not a message of this method; is the client built from its protos?")]
+    )
+
+
+def _guarded(deserialize: Callable[[bytes], Any], *, streaming: bool) -> Callable[[bytes], Any]:
+    """Return a deserializer whose failure our wrapper sees: grpc would answer UNKNOWN with a class name."""
+
+    def guarded(data: bytes) -> Any:  # noqa: ANN401 - a message
+        try:
+            return deserialize(data)
+        except DecodeError:
+            if streaming:
+                # Read by the handler itself, inside the wrapper.
+                raise _malformed_error() from None
+            return _MALFORMED
+
+    return guarded
+
+
 def _rpc_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_HEADER and isinstance(value, str) and value.isprintable():
+        if key == REQUEST_ID_HEADER and isinstance(value, str) and value and value.isprintable():
             return value[:_MAX_REQUEST_ID_LENGTH]
     return secrets.token_hex(8)
 

@@ -7,7 +7,14 @@ from typing import Any
 
 import grpc
 
-from sagecp.core.errors import FieldViolation, InvalidRequestError, NotImplementedYetError
+from sagecp.core.errors import (
+    ErrorReason,
+    FieldViolation,
+    InvalidRequestError,
+    NotImplementedYetError,
+    SageError,
+    ShuttingDownError,
+)
 from sagecp.core.fleet import InstanceRecord
 from sagecp.core.types import InstanceState
 from sagecp.rpc.convert.common import duration
@@ -17,7 +24,7 @@ from sagecp.rpc.convert.fleet import (
     instance_to_proto,
     states_from_proto,
 )
-from sagecp.rpc.servicers.inference import page_size
+from sagecp.rpc.servicers.paging import page_size, page_token, position_of
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.v1 import fleet_service_pb2 as pb
 from sagecp.v1 import fleet_service_pb2_grpc, instance_pb2
@@ -27,16 +34,24 @@ Context = grpc.aio.ServicerContext[Any, Any]
 MAX_HEARTBEAT_BYTES = 64 << 10
 
 
+class HeartbeatTooLargeError(SageError):
+    """A beat is beyond the bound that keeps thousands of agents cheap."""
+
+    reason = ErrorReason.MESSAGE_TOO_LARGE
+
+
 class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
     """Answers `FleetService` from a manager."""
 
     def __init__(self, manager: ControlPlaneManager) -> None:
         self._manager = manager
         self._heartbeat_tasks: set[asyncio.Task[Any]] = set()
+        self._closing = False
         self._interval = duration(manager.runtime_config.heartbeat_interval_s)
 
     def close_heartbeats(self) -> None:
         """End every heartbeat stream, so that a stopping server need not wait for its agents."""
+        self._closing = True
         for task in self._heartbeat_tasks:
             task.cancel()
 
@@ -72,14 +87,15 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         violations: list[FieldViolation] = []
         states = states_from_proto("states", list(request.states), violations)
         size = page_size(request.page_size, violations)
+        after = position_of("instance", request.page_token, violations)
         if violations:
             raise InvalidRequestError(violations)
-        # The token is the last id of the page before: it survives every change of the fleet.
+        # A token holds the last id of the page before: it survives every change of the fleet.
         matching = sorted(
             (
                 record
                 for record in self._manager.instances()
-                if record.instance_id > request.page_token
+                if record.instance_id > after
                 and (not states or record.state in states)
                 and (not request.model or request.model in record.spec.served_models)
             ),
@@ -88,7 +104,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         page = matching[:size]
         return pb.ListInstancesResponse(
             instances=[self._view(record) for record in page],
-            next_page_token=page[-1].instance_id if len(matching) > size else "",
+            next_page_token=page_token("instance", page[-1].instance_id) if len(matching) > size else "",
         )
 
     async def DrainInstance(
@@ -112,8 +128,8 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
                 if beat is grpc.aio.EOF:
                     return
                 if beat.ByteSize() > MAX_HEARTBEAT_BYTES:
-                    raise InvalidRequestError(
-                        [FieldViolation("", f"a heartbeat may have at most {MAX_HEARTBEAT_BYTES} bytes")]
+                    raise HeartbeatTooLargeError(
+                        f"the heartbeat has {beat.ByteSize()} bytes; at most {MAX_HEARTBEAT_BYTES} are allowed"
                     )
                 manager.heartbeat(heartbeat_from_proto(beat))
                 if beat.goodbye:
@@ -126,6 +142,12 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
                         next_interval=self._interval,
                     )
                 )
+        except asyncio.CancelledError:
+            if not self._closing:
+                raise
+            # We ended it, not the agent: without a status the stream would stay open until the port closes.
+            task.uncancel()
+            raise ShuttingDownError("the control plane is shutting down; connect again") from None
         finally:
             self._heartbeat_tasks.discard(task)
 

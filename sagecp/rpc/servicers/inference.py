@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Any
 
 import grpc
@@ -12,6 +10,7 @@ from sagecp.core.errors import FieldViolation, InvalidRequestError, NotImplement
 from sagecp.core.types import RequestState
 from sagecp.rpc.convert.common import check_enum
 from sagecp.rpc.convert.request import decision_to_proto, request_from_proto, request_to_proto
+from sagecp.rpc.servicers.paging import page_size, page_token, position_of
 from sagecp.rpc.servicers.relay import relay_output
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.runtime.requests import RequestHandle
@@ -20,8 +19,6 @@ from sagecp.v1 import inference_service_pb2_grpc, request_pb2
 
 # Until credentials exist, every caller belongs to one tenant.
 DEFAULT_TENANT = "default"
-DEFAULT_PAGE_SIZE = 100
-MAX_PAGE_SIZE = 1000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -103,7 +100,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             ):
                 continue
             if len(response.requests) == size:
-                response.next_page_token = _page_token(last)
+                response.next_page_token = page_token("request", str(last))
                 break
             # Without the position in the queue, which costs a walk over it each.
             response.requests.append(request_to_proto(handle.status(None)))
@@ -144,25 +141,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         return self._manager.requests.get(request_id)
 
 
-def page_size(asked: int, violations: list[FieldViolation]) -> int:
-    """Return the size of a page; note a violation when it is too large."""
-    if asked > MAX_PAGE_SIZE:
-        violations.append(FieldViolation("page_size", f"is {asked}; must be at most {MAX_PAGE_SIZE}"))
-    return asked or DEFAULT_PAGE_SIZE
-
-
-def _page_token(sequence: int) -> str:
-    return base64.urlsafe_b64encode(f"r{sequence}".encode()).decode()
-
-
 def _sequence_of(token: str, violations: list[FieldViolation]) -> int:
-    if not token:
-        return 0
-    try:
-        text = base64.urlsafe_b64decode(token.encode()).decode()
-        if text.startswith("r"):
-            return int(text[1:])
-    except (binascii.Error, ValueError):
-        pass
-    violations.append(FieldViolation("page_token", "is not a token that this server gave; start without one"))
-    return 0
+    """Return the order of creation that a page token names; 0 for no token."""
+    position = position_of("request", token, violations)
+    return int(position) if position.isascii() and position.isdigit() else 0

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 
 class EngineApi(enum.Enum):
     """Which of the engine's generation endpoints a call uses."""
@@ -79,8 +81,12 @@ class EngineCall:
     expected_choice_count: int = 1
 
 
-class EngineDelta:
-    """One piece of output for one choice. Plain slots: one is made per engine chunk.
+class EngineDelta(msgspec.Struct, gc=False, eq=False):
+    """One piece of output for one choice.
+
+    One is made per engine chunk: a struct costs a third of a class with
+    ``__slots__`` to make, and the garbage collector never looks at it (it
+    holds no references that could form a cycle). Compared by identity.
 
     Attributes:
         choice_index: Which of the ``n`` choices.
@@ -95,25 +101,13 @@ class EngineDelta:
             the first delta of an event only, so that concatenating them repeats nothing.
     """
 
-    __slots__ = ("choice_index", "finish_reason", "raw", "stop_reason", "text", "token_count", "token_ids")
-
-    def __init__(
-        self,
-        choice_index: int,
-        text: str,
-        token_ids: Sequence[int] | None,
-        token_count: int,
-        finish_reason: str = "",
-        stop_reason: str = "",
-        raw: bytes | None = None,
-    ) -> None:
-        self.choice_index = choice_index
-        self.text = text
-        self.token_ids = token_ids
-        self.token_count = token_count
-        self.finish_reason = finish_reason
-        self.stop_reason = stop_reason
-        self.raw = raw
+    choice_index: int
+    text: str
+    token_ids: Sequence[int] | None
+    token_count: int
+    finish_reason: str = ""
+    stop_reason: str = ""
+    raw: bytes | None = None
 
 
 class EngineSink(Protocol):
@@ -196,6 +190,15 @@ class EngineFailedError(EngineError):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+class EngineUnauthorizedError(EngineFailedError):
+    """The engine does not accept the control plane's credentials (401 or 403).
+
+    A fault of the configuration, not of the request: another instance may have
+    the right key, so another attempt is allowed, and the breaker counts it, so
+    an instance that refuses everything at once does not attract all the work.
+    """
 
 
 class EngineOverloadedError(EngineError):

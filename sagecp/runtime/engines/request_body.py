@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from sagecp.runtime.engines.base import EngineApi, EngineCall
 
 _ENCODER = msgspec.json.Encoder()
 _RAW_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ANY_JSON = msgspec.json.Decoder()
 _APIS = {
     OpenAiApi.COMPLETIONS: EngineApi.COMPLETIONS,
     OpenAiApi.CHAT_COMPLETIONS: EngineApi.CHAT_COMPLETIONS,
@@ -26,6 +27,43 @@ _STREAM_OPTIONS = msgspec.Raw(b'{"include_usage":true}')
 CONTROLLED_FIELDS = frozenset({"model", "prompt", "messages", "stream", "stream_options", "return_token_ids"})
 
 
+# What has a typed field must be given there: the control plane counts with it.
+_TYPED_FIELDS = frozenset({*_PLAIN, *_SPECIAL, "max_tokens", "max_completion_tokens", "tools", "tool_choice"})
+
+
+def body_violations(metadata: RequestMetadata) -> Iterator[FieldViolation]:
+    """Yield what cannot be put into an engine's terms, by the contract's field names.
+
+    Complements the checks of `core.validation` with what needs a JSON parser
+    and the names of the engine's API. Costs next to nothing for a plain request.
+    """
+    if metadata.openai_body:
+        try:
+            _RAW_OBJECT.decode(metadata.openai_body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            yield FieldViolation("prompt.openai.json", f"is not a JSON object: {error}")
+        return
+    sampling = metadata.sampling
+    for name in sorted(sampling.engine_extras):
+        if name in CONTROLLED_FIELDS:
+            yield FieldViolation(f"sampling.engine_extras.{name}", "is set by the control plane; leave it out")
+        elif name in _TYPED_FIELDS:
+            yield FieldViolation(
+                f"sampling.engine_extras.{name}", "has a field of its own in the contract; set that one"
+            )
+    for kind, value in sampling.structured_output.items():
+        where = f"sampling.structured_output.{kind}"
+        if kind == "json_schema":
+            try:
+                _ANY_JSON.decode(value)
+            except (msgspec.DecodeError, UnicodeEncodeError) as error:
+                yield FieldViolation(where, f"is not JSON: {error}")
+        elif kind == "json_object" and value is not True:
+            yield FieldViolation(where, f"is {value!r}; must be true when set")
+        elif not value:
+            yield FieldViolation(where, "is empty; give at least one option, or leave it out")
+
+
 def make_engine_call(metadata: RequestMetadata, model: str, *, token_ids: bool) -> EngineCall:
     """Build the call that runs a request.
 
@@ -35,13 +73,16 @@ def make_engine_call(metadata: RequestMetadata, model: str, *, token_ids: bool) 
         token_ids: Ask for token ids beside the text.
 
     Raises:
-        InvalidRequestError: An opaque body is not a JSON object, or extras
-            repeat a field that the control plane sets.
+        InvalidRequestError: As `body_violations` tells.
     """
+    violations = list(body_violations(metadata))
+    if violations:
+        raise InvalidRequestError(violations)
     if metadata.openai_body:
         return _opaque_call(metadata, model)
     body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
-    if token_ids:
+    # vLLM leaves the echoed prompt out of a stream that also carries token ids.
+    if token_ids and not metadata.sampling.echo:
         body["return_token_ids"] = True
     chat = bool(metadata.messages)
     if chat:
@@ -81,18 +122,7 @@ def _add_sampling(body: dict[str, Any], sampling: SamplingParameters, *, chat: b
         body["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
     if sampling.structured_output:
         _add_structured_output(body, sampling.structured_output)
-    if sampling.engine_extras:
-        repeated = sorted(CONTROLLED_FIELDS & sampling.engine_extras.keys())
-        if repeated:
-            raise InvalidRequestError(
-                [
-                    FieldViolation(
-                        f"sampling.engine_extras.{name}", "is set by the control plane; leave it out"
-                    )
-                    for name in repeated
-                ]
-            )
-        body.update(sampling.engine_extras)
+    body.update(sampling.engine_extras)
 
 
 def _add_structured_output(body: dict[str, Any], constraint: Mapping[str, Any]) -> None:
@@ -101,24 +131,13 @@ def _add_structured_output(body: dict[str, Any], constraint: Mapping[str, Any]) 
     if kind == "json_object":
         body["response_format"] = {"type": "json_object"}
     elif kind == "json_schema":
-        try:
-            schema = msgspec.json.decode(value)
-        except msgspec.DecodeError as error:
-            raise InvalidRequestError(
-                [FieldViolation("sampling.structured_output.json_schema", f"is not JSON: {error}")]
-            ) from error
-        body["structured_outputs"] = {"json": schema}
+        body["structured_outputs"] = {"json": msgspec.Raw(value.encode())}
     else:
         body["structured_outputs"] = {kind: value}
 
 
 def _opaque_call(metadata: RequestMetadata, model: str) -> EngineCall:
-    try:
-        fields = _RAW_OBJECT.decode(metadata.openai_body)
-    except msgspec.DecodeError as error:
-        raise InvalidRequestError(
-            [FieldViolation("prompt.openai.json", f"is not a JSON object: {error}")]
-        ) from error
+    fields = _RAW_OBJECT.decode(metadata.openai_body)
     fields["stream"] = _TRUE
     fields["stream_options"] = _STREAM_OPTIONS
     fields["model"] = msgspec.Raw(_ENCODER.encode(model))

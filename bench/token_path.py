@@ -1,0 +1,141 @@
+"""CPU of the control plane per request and per streamed token.
+
+    python -m bench.token_path [--rounds 5] [--streams 64] [--tokens 128]
+
+Closed loop: every stream asks again as soon as it has its answer. In each round
+two lengths (1 token and --tokens) run unpaced and paced; the difference between
+them is the price of tokens, the rest is the price of a request. CPU time is the
+server process's own, from /proc; wall time would measure the neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from bench.processes import Measured, control_plane, machine, print_table, simulated_engine, write_json
+from sagecp.v1 import fleet_service_pb2, fleet_service_pb2_grpc, instance_pb2, request_pb2
+from sagecp.v1 import inference_service_pb2 as pb
+
+MODEL = "bench"
+_GENERATE = "/sagecp.v1.InferenceService/Generate"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One measured load. ``messages_per_request`` counts everything a stream carried."""
+
+    cpu_us_per_request: float
+    messages_per_request: float
+    requests_per_second: float
+
+
+async def _stream(call: object, request: bytes, deadline_s: float, counts: list[int]) -> None:
+    while time.monotonic() < deadline_s:
+        last = b""
+        async for message in call(request):  # type: ignore[operator]
+            counts[1] += 1
+            last = message
+        if pb.GenerateResponse.FromString(last).terminal.state != request_pb2.REQUEST_STATE_SUCCEEDED:
+            raise RuntimeError("a request did not succeed")
+        counts[0] += 1
+
+
+async def _load(server: Measured, streams: int, tokens: int, seconds: float) -> Load:
+    request = pb.GenerateRequest(
+        spec=request_pb2.RequestSpec(
+            model=MODEL,
+            prompt=request_pb2.Prompt(text="measure me"),
+            sampling=request_pb2.SamplingParameters(max_tokens=tokens, temperature=0.0, ignore_eos=True),
+        )
+    ).SerializeToString()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        # Bytes in and out: the load generator must not be the limit.
+        call = channel.unary_stream(_GENERATE)
+        warm = [0, 0]
+        await asyncio.gather(*(_stream(call, request, time.monotonic() + 0.5, warm) for _ in range(streams)))
+        counts = [0, 0]
+        cpu_s, started_s = server.cpu_s(), time.monotonic()
+        await asyncio.gather(*(_stream(call, request, started_s + seconds, counts) for _ in range(streams)))
+        cpu_s, wall_s = server.cpu_s() - cpu_s, time.monotonic() - started_s
+    return Load(cpu_s / counts[0] * 1e6, counts[1] / counts[0], counts[0] / wall_s)
+
+
+async def _register(server: Measured, engine: Measured) -> None:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = fleet_service_pb2_grpc.FleetServiceStub(channel)
+        await stub.RegisterInstance(
+            fleet_service_pb2.RegisterInstanceRequest(
+                spec=instance_pb2.InstanceSpec(
+                    instance_id="bench-engine",
+                    engine_url=f"http://{engine.address}",
+                    model_name=MODEL,
+                    max_concurrent_request_count=1024,
+                )
+            ),
+            timeout=10,
+        )
+
+
+async def _measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    figures: dict[str, dict[str, list[float]]] = {}
+    engines = {
+        "unpaced": ("--profile", "instant"),
+        f"paced {arguments.pace_ms:g} ms": (
+            "--profile", "fixed", "--ttft", "0.02", "--itl", str(arguments.pace_ms / 1000),
+        ),
+    }  # fmt: skip
+    for name, flags in engines.items():
+        with simulated_engine(MODEL, *flags) as engine, control_plane() as server:
+            await _register(server, engine)
+            rows = figures.setdefault(name, {"request": [], "token": [], "message": [], "rate": []})
+            for _ in range(arguments.rounds):
+                short = await _load(server, arguments.streams, 1, arguments.seconds)
+                long = await _load(server, arguments.streams, arguments.tokens, arguments.seconds)
+                per_token = (long.cpu_us_per_request - short.cpu_us_per_request) / (arguments.tokens - 1)
+                rows["token"].append(per_token)
+                rows["request"].append(short.cpu_us_per_request - per_token)
+                rows["message"].append(arguments.tokens / (long.messages_per_request - 2))
+                rows["rate"].append(long.requests_per_second * arguments.tokens)
+    return figures
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each load")
+    parser.add_argument("--pace-ms", type=float, default=20.0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    figures = asyncio.run(_measure(arguments))
+    print(
+        f"\n{machine()}; {arguments.streams} streams x {arguments.tokens} tokens, {arguments.rounds} rounds\n"
+    )
+    print_table(
+        ("engine", "CPU us per request", "CPU us per token", "tokens per message", "tokens/s", "token range"),
+        [
+            (
+                name,
+                f"{statistics.median(rows['request']):.0f}",
+                f"{statistics.median(rows['token']):.1f}",
+                f"{statistics.median(rows['message']):.2f}",
+                f"{statistics.median(rows['rate']):.0f}",
+                f"{min(rows['token']):.1f}-{max(rows['token']):.1f}",
+            )
+            for name, rows in figures.items()
+        ],
+    )
+    write_json(arguments.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Losing and leaving. These tests break what the others use, and therefore run last."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+
+from sagecp.v1 import (
+    fleet_service_pb2,
+    fleet_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    request_pb2,
+)
+from tests.e2e.conftest import MODEL, Engine, instance_states, start_engine
+from tests.e2e.reading import Output, generate, read_rest, refusal
+from tests.support.processes import Program, eventually
+
+Inference = inference_service_pb2_grpc.InferenceServiceStub
+Fleet = fleet_service_pb2_grpc.FleetServiceStub
+
+
+def spec_of(max_tokens: int) -> request_pb2.RequestSpec:
+    return request_pb2.RequestSpec(
+        model=MODEL,
+        prompt=request_pb2.Prompt(text="Go on"),
+        sampling=request_pb2.SamplingParameters(max_tokens=max_tokens, temperature=0, ignore_eos=True),
+    )
+
+
+def test_a_killed_engine_leaves_the_rotation(
+    inference: Inference, fleet: Fleet, engines: dict[str, Engine]
+) -> None:
+    # Start long requests until one runs on the engine that is to die.
+    calls = [
+        inference.Generate(inference_service_pb2.GenerateRequest(spec=spec_of(8000)), timeout=60)
+        for _ in range(4)
+    ]
+    request_ids = []
+    for call in calls:
+        opened = next(call)
+        request_ids.append(opened.opened.request_id)
+        while not next(call).HasField("chunk"):
+            pass
+    where = {
+        request_id: inference.GetRequest(
+            inference_service_pb2.GetRequestRequest(request_id=request_id), timeout=10
+        ).request.instance_id
+        for request_id in request_ids
+    }
+    assert set(where.values()) == {"engine-a", "engine-b"}
+
+    engines["engine-b"].program.signal_group(signal.SIGKILL)
+
+    for call, request_id in zip(calls, request_ids, strict=True):
+        if where[request_id] != "engine-b":
+            continue
+        output = Output(request_id=request_id)
+        with pytest.raises(grpc.RpcError) as caught:
+            read_rest(call, output)
+        found = refusal(caught.value)
+        assert found.code is grpc.StatusCode.UNAVAILABLE
+        assert found.reason in {"ENGINE_FAILED", "ENGINE_UNREACHABLE"}
+        assert "engine-b" in found.message
+        assert output.end.state == request_pb2.REQUEST_STATE_FAILED
+
+    state = eventually(
+        lambda: instance_states(fleet)["engine-b"],
+        lambda state: state in {"UNHEALTHY", "LOST"},
+        timeout_s=15,
+    )
+    instance = fleet.GetInstance(
+        fleet_service_pb2.GetInstanceRequest(instance_id="engine-b"), timeout=10
+    ).instance
+    assert instance.state_reason, f"{state} comes with a reason"
+
+    for _ in range(6):
+        assert generate(inference, spec_of(4)).end.instance_id == "engine-a"
+    # The one beside it was not disturbed.
+    for call, request_id in zip(calls, request_ids, strict=True):
+        if where[request_id] == "engine-a":
+            next(call)
+            call.cancel()
+
+
+def test_a_restarted_engine_returns(
+    inference: Inference, fleet: Fleet, engines: dict[str, Engine], logs: Path
+) -> None:
+    dead = engines["engine-b"]
+    dead.program.stop()
+    engines["engine-b"] = start_engine("engine-b", dead.port, logs)
+    engines["engine-b"].wait_until_healthy()
+    eventually(lambda: instance_states(fleet)["engine-b"], lambda state: state == "READY", timeout_s=30)
+    used = {generate(inference, spec_of(4)).end.instance_id for _ in range(12)}
+    assert "engine-b" in used
+
+
+def test_an_agent_that_stops_takes_its_instance_along(
+    inference: Inference, fleet: Fleet, agents: dict[str, Program]
+) -> None:
+    agents["engine-b"].process.terminate()
+    assert agents["engine-b"].wait(10) == 0
+    eventually(lambda: instance_states(fleet), lambda states: set(states) == {"engine-a"}, timeout_s=5)
+    assert generate(inference, spec_of(4)).end.instance_id == "engine-a"
+
+
+def test_a_killed_agent_loses_its_lease_and_nothing_else(
+    inference: Inference, fleet: Fleet, agents: dict[str, Program]
+) -> None:
+    call = inference.Generate(inference_service_pb2.GenerateRequest(spec=spec_of(8000)), timeout=60)
+    next(call)
+    agents["engine-a"].process.kill()
+    eventually(lambda: instance_states(fleet)["engine-a"], lambda state: state == "LOST", timeout_s=15)
+    call.cancel()
+
+
+def test_the_control_plane_finishes_what_runs_and_exits(
+    inference: Inference, fleet: Fleet, engines: dict[str, Engine], control_plane: Program
+) -> None:
+    # The agents are gone: an operator registers the engine by hand.
+    request = fleet_service_pb2.RegisterInstanceRequest()
+    request.spec.instance_id = "by-hand"
+    request.spec.engine_url = engines["engine-a"].url
+    request.spec.model_name = MODEL
+    fleet.RegisterInstance(request, timeout=10)
+    eventually(lambda: instance_states(fleet)["by-hand"], lambda state: state == "READY", timeout_s=30)
+
+    call = inference.Generate(inference_service_pb2.GenerateRequest(spec=spec_of(600)), timeout=60)
+    assert next(call).HasField("opened")
+    control_plane.process.terminate()
+    output = Output(request_id="running at shutdown")
+    read_rest(call, output)
+    assert output.end.state == request_pb2.REQUEST_STATE_SUCCEEDED
+    assert output.end.token_count == 600
+    assert control_plane.wait(40) == 0
+    assert "Traceback" not in control_plane.output
+    assert "Go on" not in control_plane.output, "prompt text must not reach the log"

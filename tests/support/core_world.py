@@ -1,0 +1,159 @@
+"""A core to play with: short ways to make values, and one line of text per effect."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from sagecp.core import effects as fx
+from sagecp.core import events as ev
+from sagecp.core.config import SchedulerConfig
+from sagecp.core.errors import ErrorReason, Failure
+from sagecp.core.fleet import InstanceRecord
+from sagecp.core.request import RequestRecord
+from sagecp.core.scheduler import Scheduler
+from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, RequestMetadata
+
+LOST_CONNECTION = Failure(ErrorReason.ENGINE_UNREACHABLE, "nobody listens")
+ENGINE_FAILED = Failure(ErrorReason.ENGINE_FAILED, "the engine failed")
+REJECTED = Failure(ErrorReason.ENGINE_REJECTED, "the engine refused it")
+
+
+def make_instance(instance_id: str = "a", model: str = "m", **fields: Any) -> ExecutionInstance:
+    """An instance; ``limit`` and ``capacity`` are short for its two bounds."""
+    fields.setdefault("max_concurrent_request_count", fields.pop("limit", None))
+    fields.setdefault("key_value_token_capacity", fields.pop("capacity", None))
+    return ExecutionInstance(instance_id=instance_id, host="127.0.0.1", port=8000, model_name=model, **fields)
+
+
+def make_metadata(request_id: str = "r1", model: str = "m", **fields: Any) -> RequestMetadata:
+    return RequestMetadata(request_id=request_id, model_name=model, **fields)
+
+
+def make_record(
+    request_id: str = "r1", model: str = "m", sequence: int = 1, arrival_s: float = 0.0, **fields: Any
+) -> RequestRecord:
+    return RequestRecord(make_metadata(request_id, model, **fields), model, sequence, arrival_s)
+
+
+def make_instance_record(
+    instance_id: str = "a", model: str = "m", incarnation: int = 0, default_limit: int = 4, **fields: Any
+) -> InstanceRecord:
+    return InstanceRecord(make_instance(instance_id, model, **fields), incarnation, 0.0, default_limit)
+
+
+def arrive(request_id: str, model: str = "m", **fields: Any) -> ev.RequestArrived:
+    return ev.RequestArrived(make_metadata(request_id, model, **fields))
+
+
+def healthy(
+    instance_id: str = "a", model: str = "m", incarnation: int = 0, **fields: Any
+) -> ev.InstanceRegistered:
+    """A registration that makes the instance READY at once."""
+    return ev.InstanceRegistered(
+        make_instance(instance_id, model, **fields), incarnation, EngineCondition.HEALTHY
+    )
+
+
+def beat(
+    instance_id: str,
+    incarnation: int,
+    condition: EngineCondition = EngineCondition.HEALTHY,
+    **gauges: Any,
+) -> ev.HeartbeatReceived:
+    return ev.HeartbeatReceived(
+        instance_id, incarnation, condition, gauges=EngineGauges(**gauges) if gauges else None
+    )
+
+
+def probe(instance_id: str, condition: EngineCondition = EngineCondition.HEALTHY) -> ev.HealthProbed:
+    return ev.HealthProbed(instance_id, condition)
+
+
+def fail(
+    request_id: str,
+    epoch: int = 1,
+    failure: Failure = ENGINE_FAILED,
+    retryable: bool = True,
+    engine_down: bool = False,
+    counts_against_engine: bool = True,
+) -> ev.AttemptFailed:
+    return ev.AttemptFailed(request_id, epoch, failure, retryable, engine_down, counts_against_engine)
+
+
+def line(effect: fx.Effect) -> str:
+    """An effect in a few words: ``dispatch r1#1 a``."""
+    match effect:
+        case fx.RequestAccepted(record):
+            return f"accept {record.request_id}"
+        case fx.RequestRejected(request_id, error):
+            return f"reject {request_id} {error.reason.name}"
+        case fx.DispatchAttempt(record, epoch, instance_id):
+            return f"dispatch {record.request_id}#{epoch} {instance_id}"
+        case fx.AbortAttempt(request_id, epoch, instance_id):
+            return f"abort {request_id}#{epoch} {instance_id}"
+        case fx.RequestRequeued(record):
+            return f"requeue {record.request_id}"
+        case fx.RequestEnded(record, state):
+            return f"end {record.request_id} {state.name}"
+        case fx.InstanceChanged(instance_id, state, previous):
+            return f"{instance_id} {previous.name if previous else '-'}>{state.name}"
+        case fx.InstanceRemoved(instance_id):
+            return f"remove {instance_id}"
+
+
+def full_text(effect: fx.Effect) -> str:
+    """Everything an effect says, records included, for comparing two runs."""
+    parts = []
+    for field in dataclasses.fields(effect):
+        value = getattr(effect, field.name)
+        if isinstance(value, RequestRecord):
+            value = {
+                name: getattr(value, name)
+                for name in sorted(value.__slots__)
+                if name not in {"machine", "excluded_instance_ids"}
+            } | {"history": value.machine.history, "excluded": sorted(value.excluded_instance_ids)}
+        elif isinstance(value, Exception):
+            value = (type(value).__name__, str(value), getattr(value, "retry_after_s", None))
+        parts.append(f"{field.name}={value!r}")
+    return f"{type(effect).__name__}({', '.join(parts)})"
+
+
+class World:
+    """A scheduler with a clock that only tests move."""
+
+    def __init__(self, **config: Any) -> None:
+        config.setdefault("default_concurrency_limit", 4)
+        self.scheduler = Scheduler(SchedulerConfig(**config))
+        self.now = 0.0
+
+    def feed(self, *events: ev.Event) -> list[str]:
+        """Feed events; return the lines of all their effects."""
+        return [line(effect) for event in events for effect in self.scheduler.handle(event, self.now)]
+
+    def effects(self, event: ev.Event) -> list[fx.Effect]:
+        return self.scheduler.handle(event, self.now)
+
+    def wait(self, duration_s: float) -> list[str]:
+        """Let time pass, and tell the scheduler."""
+        self.now += duration_s
+        return self.feed(ev.ClockAdvanced())
+
+    def record(self, request_id: str) -> RequestRecord:
+        record = self.scheduler.find_request(request_id)
+        assert record is not None, f"{request_id} is not live"
+        return record
+
+    def instance(self, instance_id: str) -> InstanceRecord:
+        return self.scheduler.fleet.get(instance_id)
+
+
+def dispatched_to(lines: Iterable[str]) -> list[str]:
+    """The instances of the dispatches among some lines, in order."""
+    return [text.split()[2] for text in lines if text.startswith("dispatch")]
+
+
+def dispatched(lines: Iterable[str]) -> list[str]:
+    """The requests of the dispatches among some lines, in order."""
+    return [text.split()[1].split("#")[0] for text in lines if text.startswith("dispatch")]

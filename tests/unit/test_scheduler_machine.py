@@ -1,0 +1,610 @@
+"""The scheduler against everything at once: random events, and what must hold after each.
+
+The machine keeps its own books from the effects alone and compares them with
+the scheduler's after every step. At the end it finishes all work, looks for
+anything left over, and replays the log of events into a second scheduler,
+which must do exactly the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from sagecp.core import effects as fx
+from sagecp.core import events as ev
+from sagecp.core.config import SchedulerConfig
+from sagecp.core.errors import ErrorReason, Failure, SageError
+from sagecp.core.fleet import KEY_VALUE_USAGE_LIMIT, InstanceRecord
+from sagecp.core.policies.registry import SCHEDULING_POLICIES
+from sagecp.core.request import RequestRecord
+from sagecp.core.router.registry import LOAD_BALANCERS, ROUTING_STRATEGIES
+from sagecp.core.scheduler import Scheduler
+from sagecp.core.states import INSTANCE_TRANSITIONS
+from sagecp.core.types import (
+    EngineCondition,
+    EngineGauges,
+    ExecutionInstance,
+    FailoverMode,
+    InstanceState,
+    RequestMetadata,
+    RequestPriority,
+    RequestState,
+)
+from tests.support.core_world import ENGINE_FAILED, LOST_CONNECTION, REJECTED, full_text
+
+MODELS = ("m1", "m2", "alias")
+REQUEST_IDS = tuple(f"r{number}" for number in range(1, 25))
+INSTANCE_IDS = ("a", "b", "c")
+QUEUE_TIMEOUT_S = 20.0
+LEASE_S = 6.0
+RETENTION_S = 15.0
+MAX_ATTEMPTS = 3
+
+
+@dataclass
+class Live:
+    """What the machine knows of an accepted request, from effects alone."""
+
+    record: RequestRecord
+    wait_since_s: float
+    running_on: str = ""
+    epoch: int = 0
+    delivered: bool = False
+    lost_on: set[str] = field(default_factory=set)
+
+
+def room(instance: InstanceRecord, request: RequestRecord) -> bool:
+    """The rule for room, said once more in other words than the fleet's."""
+    if instance.state is not InstanceState.READY:
+        return False
+    held = list(instance.in_flight.values())
+    if not held:
+        return True
+    usage = instance.gauges.key_value_cache_usage if instance.gauges else None
+    if len(held) >= instance.concurrency_limit or (usage is not None and usage >= KEY_VALUE_USAGE_LIMIT):
+        return False
+    capacity = instance.spec.key_value_token_capacity
+    return capacity is None or sum(map(instance.token_need, [*held, request])) <= capacity
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        policy=st.sampled_from(SCHEDULING_POLICIES.names),
+        strategy=st.sampled_from(ROUTING_STRATEGIES.names),
+        balancer=st.sampled_from(LOAD_BALANCERS.names),
+        queue_limit=st.sampled_from([3, 100]),
+        byte_limit=st.sampled_from([900, 1 << 20]),
+    )
+    def begin(self, policy: str, strategy: str, balancer: str, queue_limit: int, byte_limit: int) -> None:
+        self.config = SchedulerConfig(
+            scheduling_policy=policy,
+            routing_strategy=strategy,
+            load_balancer=balancer,
+            max_queued_request_count=queue_limit,
+            max_queued_bytes=byte_limit,
+            max_instance_count=len(INSTANCE_IDS),
+            default_concurrency_limit=2,
+            max_attempt_count=MAX_ATTEMPTS,
+            queue_timeout_s=QUEUE_TIMEOUT_S,
+            lease_duration_s=LEASE_S,
+            lost_retention_s=RETENTION_S,
+        )
+        self.scheduler = Scheduler(self.config)
+        self.now = 0.0
+        self.log: list[tuple[ev.Event, float]] = []
+        self.texts: list[str] = []
+        self.live: dict[str, Live] = {}
+        self.accepted_count = self.ended_count = 0
+        self.states: dict[str, InstanceState] = {}
+        self.lost_since: dict[str, float] = {}
+        self.leases: dict[str, float] = {}
+
+    # -- feeding, and the books -----------------------------------------------------
+
+    def feed(self, event: ev.Event) -> list[fx.Effect]:
+        self.log.append((event, self.now))
+        before = self.snapshot()
+        try:
+            effects = self.scheduler.handle(event, self.now)
+        except SageError as error:
+            self.texts.append(f"{type(error).__name__}: {error}")
+            assert self.snapshot() == before, "an event that was refused changed something"
+            return []
+        # Records change later: say now what they are now.
+        self.texts.extend(map(full_text, effects))
+        for position, effect in enumerate(effects):
+            self.book(effect, event, effects[:position])
+        return effects
+
+    def snapshot(self) -> object:
+        scheduler = self.scheduler
+        return (
+            {r.request_id: (r.state, r.epoch, r.queued, r.expire_s) for r in scheduler.requests()},
+            {
+                i.instance_id: (id(i), i.state, i.drain, i.in_flight_count, i.lease_expire_s)
+                for i in scheduler.fleet
+            },
+            (len(scheduler.queue), scheduler.queue.size_bytes, scheduler.config_version),
+        )
+
+    def book(self, effect: fx.Effect, event: ev.Event, earlier: list[fx.Effect]) -> None:
+        match effect:
+            case fx.RequestAccepted(record):
+                assert record.request_id not in self.live
+                assert isinstance(event, ev.RequestArrived)
+                self.accepted_count += 1
+                self.live[record.request_id] = Live(record, self.now)
+            case fx.RequestRejected(request_id, error):
+                assert request_id not in self.live
+                assert error.reason in {ErrorReason.QUEUE_FULL, ErrorReason.MODEL_NOT_FOUND}
+            case fx.DispatchAttempt(record, epoch, instance_id):
+                self.book_dispatch(record, epoch, instance_id, effect)
+            case fx.AbortAttempt(request_id, epoch, instance_id):
+                live = self.live[request_id]
+                assert (live.running_on, live.epoch) == (instance_id, epoch)
+                assert not isinstance(event, (ev.AttemptSucceeded, ev.AttemptFailed)), "it was over"
+            case fx.RequestRequeued(record):
+                live = self.live[record.request_id]
+                assert isinstance(event, ev.AttemptFailed)
+                assert event.retryable
+                assert live.running_on
+                assert not live.delivered, "output of two attempts would be mixed"
+                assert live.epoch < MAX_ATTEMPTS
+                assert record.metadata.failover_mode is not FailoverMode.FAIL
+                live.lost_on.add(live.running_on)
+                live.running_on, live.wait_since_s = "", self.now
+            case fx.RequestEnded(record, state, failure):
+                self.book_end(record, state, failure, event, earlier)
+            case fx.InstanceChanged(instance_id, state, previous):
+                if previous is None:
+                    assert isinstance(event, ev.InstanceRegistered)
+                else:
+                    assert self.states[instance_id] is previous
+                    assert state in INSTANCE_TRANSITIONS[previous]
+                self.states[instance_id] = state
+                self.lost_since.pop(instance_id, None)
+                if state is InstanceState.LOST:
+                    assert self.leases.pop(instance_id) <= self.now, "lost before its lease ended"
+                    self.lost_since[instance_id] = self.now
+            case fx.InstanceRemoved(instance_id):
+                if not isinstance(event, ev.InstanceDeregistered):
+                    assert self.now - self.lost_since[instance_id] >= RETENTION_S, "forgotten too early"
+                del self.states[instance_id]
+                self.leases.pop(instance_id, None)
+                self.lost_since.pop(instance_id, None)
+
+    def book_dispatch(
+        self, record: RequestRecord, epoch: int, instance_id: str, effect: fx.DispatchAttempt
+    ) -> None:
+        live = self.live[record.request_id]
+        assert not live.running_on, "dispatched twice at once"
+        assert epoch == live.epoch + 1
+        live.running_on, live.epoch, live.delivered = instance_id, epoch, False
+        instance = self.scheduler.fleet.get(instance_id)
+        assert instance.state is InstanceState.READY
+        assert record.model in instance.spec.served_models
+        here = sum(other.running_on == instance_id for other in self.live.values())
+        assert here == 1 or here <= instance.concurrency_limit, "more than the limit"
+        if instance_id in live.lost_on:
+            better = [
+                other.instance_id
+                for other in self.scheduler.fleet.serving(record.model)
+                if other.state is InstanceState.READY and other.instance_id not in live.lost_on
+            ]
+            assert not better, f"went back to {instance_id} although {better} may work"
+        decision = effect.decision
+        assert (decision.request_id, decision.epoch, decision.instance_id) == (
+            record.request_id,
+            epoch,
+            instance_id,
+        )
+        assert decision.candidates[0].instance_id == instance_id
+        assert decision.candidate_count >= len(decision.candidates)
+        assert record.decisions[-1] is decision
+        assert len(record.decisions) == epoch
+
+    def book_end(
+        self,
+        record: RequestRecord,
+        state: RequestState,
+        failure: Failure | None,
+        event: ev.Event,
+        earlier: list[fx.Effect],
+    ) -> None:
+        live = self.live.pop(record.request_id)  # KeyError: ended twice, or never accepted
+        self.ended_count += 1
+        assert record is live.record
+        assert state.is_terminal
+        assert (failure is None) == (state is RequestState.SUCCEEDED)
+        aborted = any(
+            isinstance(effect, fx.AbortAttempt) and effect.request_id == record.request_id
+            for effect in earlier
+        )
+        over = isinstance(event, (ev.AttemptSucceeded, ev.AttemptFailed))
+        assert aborted == (bool(live.running_on) and not over)
+        if state is RequestState.EXPIRED:
+            deadline_s = record.deadline_s
+            if deadline_s is None:
+                assert not live.running_on
+                assert self.now - live.wait_since_s >= QUEUE_TIMEOUT_S, "expired too early"
+            else:
+                assert self.now >= deadline_s, "expired too early"
+
+    # -- requests -------------------------------------------------------------------
+
+    @rule(
+        request_id=st.sampled_from(REQUEST_IDS),
+        model=st.sampled_from([*MODELS, *MODELS, "", "unknown"]),
+        priority=st.sampled_from(RequestPriority),
+        prompt_size=st.sampled_from([0, 40, 400]),
+        deadline_ms=st.sampled_from([None, None, 3000.0, 30000.0]),
+        failover_mode=st.sampled_from(FailoverMode),
+    )
+    def arrive(
+        self,
+        request_id: str,
+        model: str,
+        priority: RequestPriority,
+        prompt_size: int,
+        deadline_ms: float | None,
+        failover_mode: FailoverMode,
+    ) -> None:
+        metadata = RequestMetadata(
+            request_id=request_id,
+            model_name=model,
+            prompt="x" * prompt_size,
+            max_tokens=16,
+            priority=priority,
+            slo_deadline_ms=deadline_ms,
+            failover_mode=failover_mode,
+        )
+        known = request_id in self.live
+        effects = self.feed(ev.RequestArrived(metadata))
+        assert bool(effects) != known
+
+    @precondition(lambda self: len(self.live) > 0)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.live)))
+        self.feed(ev.RequestCancelled(request_id, "nobody reads it"))
+        assert request_id not in self.live
+
+    @rule(request_id=st.sampled_from(REQUEST_IDS))
+    def abort(self, request_id: str) -> None:
+        self.feed(ev.RequestAborted(request_id, Failure(ErrorReason.ENGINE_TIMEOUT, "given up")))
+        assert request_id not in self.live
+
+    def running(self) -> list[str]:
+        return sorted(request_id for request_id, live in self.live.items() if live.running_on)
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data())
+    def progress(self, data: st.DataObject) -> None:
+        live = self.live[data.draw(st.sampled_from(self.running()))]
+        assert not self.feed(ev.AttemptProgressed(live.record.request_id, live.epoch))
+        live.delivered = True
+        assert live.record.state is RequestState.RUNNING
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data())
+    def succeed(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(self.running()))
+        self.feed(ev.AttemptSucceeded(request_id, self.live[request_id].epoch, 16))
+        assert request_id not in self.live
+
+    @precondition(lambda self: self.running())
+    @rule(
+        data=st.data(),
+        failure=st.sampled_from([LOST_CONNECTION, ENGINE_FAILED, REJECTED]),
+        retryable=st.booleans(),
+        engine_down=st.booleans(),
+    )
+    def lose(self, data: st.DataObject, failure: Failure, retryable: bool, engine_down: bool) -> None:
+        request_id = data.draw(st.sampled_from(self.running()))
+        self.feed(ev.AttemptFailed(request_id, self.live[request_id].epoch, failure, retryable, engine_down))
+
+    @rule(
+        request_id=st.sampled_from(REQUEST_IDS),
+        epoch_offset=st.sampled_from([-1, 1]),
+        kind=st.sampled_from(["progress", "success", "failure"]),
+    )
+    def stale_news(self, request_id: str, epoch_offset: int, kind: str) -> None:
+        """News of an attempt that is not the present one changes nothing at all."""
+        live = self.live.get(request_id)
+        epoch = 1 if live is None else live.epoch + epoch_offset
+        if live is not None and not live.running_on:
+            epoch = live.epoch
+        before = self.snapshot()
+        event: ev.Event
+        if kind == "progress":
+            event = ev.AttemptProgressed(request_id, epoch)
+        elif kind == "success":
+            event = ev.AttemptSucceeded(request_id, epoch, 16)
+        else:
+            event = ev.AttemptFailed(request_id, epoch, LOST_CONNECTION, True, engine_down=True)
+        assert not self.feed(event)
+        assert self.snapshot() == before
+
+    # -- instances ------------------------------------------------------------------
+
+    @rule(
+        instance_id=st.sampled_from([*INSTANCE_IDS, "one-too-many"]),
+        incarnation=st.integers(0, 3),
+        models=st.sampled_from([("m1",), ("m2",), ("m1", "alias"), ("m2", "m1"), ("alias", "alias")]),
+        limit=st.sampled_from([None, 1, 3]),
+        capacity=st.sampled_from([None, 60, 200]),
+        context=st.sampled_from([None, 32]),
+        condition=st.sampled_from([*EngineCondition, EngineCondition.HEALTHY]),
+    )
+    def register(
+        self,
+        instance_id: str,
+        incarnation: int,
+        models: tuple[str, ...],
+        limit: int | None,
+        capacity: int | None,
+        context: int | None,
+        condition: EngineCondition,
+    ) -> None:
+        instance = ExecutionInstance(
+            instance_id=instance_id,
+            host="127.0.0.1",
+            port=8000,
+            model_name=models[0],
+            model_aliases=models[1:],
+            max_concurrent_request_count=limit,
+            key_value_token_capacity=capacity,
+            max_context_token_count=context,
+        )
+        if self.feed(ev.InstanceRegistered(instance, incarnation, condition)):
+            self.leases.pop(instance_id, None)
+            if incarnation:
+                self.leases[instance_id] = self.now + LEASE_S
+
+    @rule(instance_id=st.sampled_from(INSTANCE_IDS), incarnation=st.integers(0, 3))
+    def deregister(self, instance_id: str, incarnation: int) -> None:
+        self.feed(ev.InstanceDeregistered(instance_id, incarnation))
+
+    @precondition(lambda self: self.states)
+    @rule(
+        data=st.data(),
+        incarnation_offset=st.sampled_from([0, 0, 0, 0, -1, 1]),
+        condition=st.sampled_from([*EngineCondition, EngineCondition.HEALTHY]),
+        usage=st.sampled_from([None, None, 0.5, 0.99]),
+        running_count=st.sampled_from([None, 0, 1, 2]),
+        waiting_count=st.sampled_from([None, 0, 0, 2]),
+        has_gauges=st.booleans(),
+    )
+    def heartbeat(
+        self,
+        data: st.DataObject,
+        incarnation_offset: int,
+        condition: EngineCondition,
+        usage: float | None,
+        running_count: int | None,
+        waiting_count: int | None,
+        has_gauges: bool,
+    ) -> None:
+        instance = self.scheduler.fleet.get(data.draw(st.sampled_from(sorted(self.states))))
+        gauges = EngineGauges(
+            key_value_cache_usage=usage,
+            running_request_count=running_count,
+            waiting_request_count=waiting_count,
+        )
+        incarnation = max(0, instance.incarnation + incarnation_offset)
+        self.feed(
+            ev.HeartbeatReceived(
+                instance.instance_id, incarnation, condition, gauges=gauges if has_gauges else None
+            )
+        )
+        if incarnation in {0, instance.incarnation}:
+            self.leases[instance.instance_id] = self.now + LEASE_S
+
+    @rule(instance_id=st.sampled_from(INSTANCE_IDS), condition=st.sampled_from(EngineCondition))
+    def probe(self, instance_id: str, condition: EngineCondition) -> None:
+        self.feed(ev.HealthProbed(instance_id, condition))
+
+    @rule(instance_id=st.sampled_from(INSTANCE_IDS), undo=st.booleans())
+    def drain(self, instance_id: str, undo: bool) -> None:
+        self.feed(ev.DrainRequested(instance_id, undo))
+
+    # -- configuration and time --------------------------------------------------------
+
+    @rule(
+        policy=st.sampled_from([*SCHEDULING_POLICIES.names, "no-such-policy"]),
+        strategy=st.sampled_from([*ROUTING_STRATEGIES.names, "affinity"]),
+        balancer=st.sampled_from([*LOAD_BALANCERS.names, ""]),
+    )
+    def configure(self, policy: str, strategy: str, balancer: str) -> None:
+        self.feed(ev.SchedulingConfigured(policy, strategy, balancer))
+
+    @rule(step_s=st.sampled_from([0.001, 0.5]))
+    def work(self, step_s: float) -> None:
+        """Time passes without anybody telling the scheduler."""
+        self.now += step_s
+
+    @rule(jump_s=st.sampled_from([0.1, 2.0, 7.0, 25.0]))
+    def tick(self, jump_s: float) -> None:
+        self.now += jump_s
+        self.look_at_clock()
+
+    @rule()
+    def wake_up(self) -> None:
+        """Exactly what the runtime does: advance to the next timer and not a moment later."""
+        next_s = self.scheduler.next_timer_s()
+        if next_s is not None:
+            self.now = max(self.now, next_s)
+            self.look_at_clock()
+
+    def look_at_clock(self) -> None:
+        self.feed(ev.ClockAdvanced())
+        next_s = self.scheduler.next_timer_s()
+        assert next_s is None or next_s > self.now, "the timer would fire again at once, for ever"
+        for live in self.live.values():
+            assert live.record.deadline_s is None or live.record.deadline_s > self.now
+            if live.record.deadline_s is None and not live.running_on:
+                assert self.now - live.wait_since_s < QUEUE_TIMEOUT_S
+        for instance_id, lease_s in self.leases.items():
+            assert lease_s > self.now, f"the lease of {instance_id} ended and nobody noticed"
+        for instance_id, lost_s in self.lost_since.items():
+            assert self.now - lost_s < RETENTION_S, f"{instance_id} should be forgotten by now"
+
+    # -- what always holds -------------------------------------------------------------
+
+    @invariant()
+    def requests_are_accounted_for(self) -> None:
+        scheduler = self.scheduler
+        assert self.accepted_count == self.ended_count + len(self.live)
+        assert {r.request_id for r in scheduler.requests()} == set(self.live)
+        waiting = {request_id for request_id, live in self.live.items() if not live.running_on}
+        queued = list(scheduler.queue)
+        assert sorted(record.request_id for record in queued) == sorted(waiting)
+        assert len(scheduler.queue) == len(waiting)
+        assert scheduler.queue.size_bytes == sum(record.size_bytes for record in queued)
+        by_model: dict[str, int] = {}
+        for record in queued:
+            by_model[record.model] = by_model.get(record.model, 0) + 1
+        assert scheduler.queue.count_by_model() == by_model
+        assert scheduler.live_count == len(self.live)
+        assert scheduler.active_count == len(self.live) - len(waiting)
+        for request_id, live in self.live.items():
+            record = live.record
+            assert scheduler.find_request(request_id) is record
+            assert record.epoch == live.epoch
+            assert record.queued == (not live.running_on)
+            assert record.delivered == live.delivered or record.queued
+            assert record.excluded_instance_ids == live.lost_on
+            expected = RequestState.RUNNING if live.delivered else RequestState.DISPATCHED
+            assert record.state is (expected if live.running_on else RequestState.QUEUED)
+
+    @invariant()
+    def work_is_accounted_for_where_it_runs(self) -> None:
+        fleet = self.scheduler.fleet
+        assert {instance.instance_id: instance.state for instance in fleet} == self.states
+        gone = fleet._departed
+        assert not gone.keys() & self.states.keys()
+        assert all(instance.in_flight for instance in gone.values())
+        by_instance: dict[str, set[str]] = {}
+        for request_id, live in self.live.items():
+            if live.running_on:
+                by_instance.setdefault(live.running_on, set()).add(request_id)
+        assert by_instance.keys() <= self.states.keys() | gone.keys()
+        for instance in (*fleet, *gone.values()):
+            assert set(instance.in_flight) == by_instance.get(instance.instance_id, set())
+            assert instance.in_flight_count == len(instance.in_flight)
+            needs = [instance.token_need(record) for record in instance.in_flight.values()]
+            assert instance.reserved_token_count == sum(needs)
+            assert 1 <= instance.concurrency_limit <= instance.configured_limit
+            if instance.state is InstanceState.DRAINING:
+                assert instance.in_flight, "it has nothing left: it is DRAINED"
+            if instance.state in {InstanceState.DRAINING, InstanceState.DRAINED}:
+                assert instance.drain or instance.instance_id in gone
+
+    @invariant()
+    def indexes_agree_with_the_records(self) -> None:
+        fleet = self.scheduler.fleet
+        served = {model for instance in fleet for model in instance.spec.served_models}
+        assert fleet.models() == tuple(sorted(served))
+        primary = {instance.spec.model_name for instance in fleet}
+        assert fleet.only_model() == (min(primary) if len(primary) == 1 else None)
+        for model in MODELS:
+            assert {i.instance_id for i in fleet.serving(model)} == {
+                i.instance_id for i in fleet if model in i.spec.served_models
+            }
+            for size in (0, 400):
+                request = RequestRecord(
+                    RequestMetadata(request_id="any", prompt="x" * size, max_tokens=16), model, 0, self.now
+                )
+                assert {i.instance_id for i in fleet.with_room_for(request)} == {
+                    i.instance_id for i in fleet if model in i.spec.served_models and room(i, request)
+                }
+
+    @invariant()
+    def nobody_waits_for_nothing(self) -> None:
+        """Whoever is next and could run, runs; requests that wait for a better instance may be passed."""
+        scheduler = self.scheduler
+        policy = SCHEDULING_POLICIES.get(scheduler.scheduling_policy)()
+        lanes: dict[str, list[RequestRecord]] = {}
+        for record in sorted(scheduler.queue, key=lambda r: (policy.key(r), r.sequence)):
+            lanes.setdefault(record.model, []).append(record)
+        for model, lane in lanes.items():
+            head = scheduler.queue.head(model)
+            assert head is not None
+            assert head[2] is lane[0]
+            assert [scheduler.queue.position(record) for record in lane] == list(range(len(lane)))
+            serving = scheduler.fleet.serving(model)
+            for record in lane:
+                free = {i.instance_id for i in serving if room(i, record)}
+                if not free:
+                    break
+                assert free <= record.excluded_instance_ids, f"{record.request_id} could run on {free}"
+                assert any(
+                    i.state is InstanceState.READY and i.instance_id not in record.excluded_instance_ids
+                    for i in serving
+                ), f"{record.request_id} waits for an instance that does not exist"
+
+    # -- the end -------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.finish_everything()
+        self.requests_are_accounted_for()
+        self.work_is_accounted_for_where_it_runs()
+        self.nothing_is_left()
+        self.replay_is_the_same()
+
+    def finish_everything(self) -> None:
+        while running := self.running():
+            for request_id in running:
+                self.feed(ev.AttemptSucceeded(request_id, self.live[request_id].epoch))
+        for request_id in sorted(self.live):
+            self.feed(ev.RequestCancelled(request_id))
+
+    def nothing_is_left(self) -> None:
+        scheduler = self.scheduler
+        assert not self.live
+        assert self.accepted_count == self.ended_count
+        assert scheduler.live_count == scheduler.active_count == len(scheduler.queue) == 0
+        assert scheduler.queue.size_bytes == 0
+        assert not scheduler.queue._lanes
+        assert not scheduler.fleet._departed
+        assert all(i.in_flight_count == i.reserved_token_count == 0 for i in scheduler.fleet)
+        while (next_s := scheduler.next_timer_s()) is not None:
+            self.now = next_s
+            self.look_at_clock()
+        assert not scheduler._deadlines._heap
+        assert not scheduler._forgets
+        assert not scheduler.fleet._leases
+        for instance_id in sorted(self.states):
+            self.feed(ev.InstanceDeregistered(instance_id))
+        assert len(scheduler.fleet) == 0
+        assert not scheduler.fleet._by_model
+        assert not scheduler.fleet._open_by_model
+        assert not scheduler.fleet._primary_counts
+
+    def replay_is_the_same(self) -> None:
+        again = Scheduler(self.config)
+        texts: list[str] = []
+        for event, now in self.log:
+            try:
+                texts.extend(map(full_text, again.handle(event, now)))
+            except SageError as error:
+                texts.append(f"{type(error).__name__}: {error}")
+        assert texts == self.texts
+
+
+TestSchedulerMachine = pytest.mark.timeout(300)(SchedulerMachine.TestCase)
+TestSchedulerMachine.settings = settings(
+    max_examples=60,
+    stateful_step_count=50,
+    deadline=None,
+    # Explaining a failure traces every line, which takes minutes here.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
