@@ -89,7 +89,7 @@ check: lint type test ## All checks and tests that need no engine
 
 .PHONY: demo
 demo: $(READY) ## Start everything on this machine with simulated engines and replay a real trace through it
-	$(BIN)/python -m bench.demo
+	$(BIN)/sagecp demo
 
 .PHONY: bench
 bench: $(READY) ## Measure what the control plane costs; prints a report, asserts nothing

@@ -104,7 +104,8 @@ class ServerConfig:
         listen: Host and port; port 0 takes a free one. Only loopback unless
             TLS is on or ``insecure_listen`` is set.
         insecure_listen: Allow plaintext on an address that others can reach.
-        metrics_listen: Host and port of the Prometheus endpoint; empty: none.
+        metrics_listen: Host and port of the Prometheus endpoint; empty: none. Only
+            loopback unless ``insecure_listen`` is set: it is plain HTTP.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
         log_format: ``json``, ``console`` or ``auto``.
         max_message_bytes: Largest message accepted.
@@ -142,7 +143,15 @@ class ServerConfig:
                 )
             )
         if self.metrics_listen:
-            _check_address("metrics_listen", self.metrics_listen, violations)
+            host = _check_address("metrics_listen", self.metrics_listen, violations)
+            if host and not is_loopback(host) and not self.insecure_listen:
+                violations.append(
+                    FieldViolation(
+                        "metrics_listen",
+                        f"{self.metrics_listen} can be reached by others and is plain HTTP; "
+                        "listen on 127.0.0.1, or accept the risk with --insecure-listen",
+                    )
+                )
         if bool(self.tls.certificate_file) != bool(self.tls.private_key_file):
             violations.append(
                 FieldViolation("tls", "a certificate and its private key go together; give both")
@@ -204,7 +213,8 @@ def split_address(address: str) -> tuple[str, int]:
         ValueError: The text is not an address.
     """
     host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
+    is_number = port.isascii() and port.isdigit()
+    if not separator or not host or not is_number or int(port) > 65535:
         raise ValueError(f"{address!r} is not HOST:PORT, for example 127.0.0.1:{DEFAULT_PORT}")
     if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
         raise ValueError(f"{address!r}: put an IPv6 address in brackets, for example [::1]:{DEFAULT_PORT}")

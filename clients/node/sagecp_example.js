@@ -95,7 +95,7 @@ async function printOutput(stream) {
 const { values: flags, positionals } = parseArgs({
   allowPositionals: true,
   options: {
-    address: { type: 'string', default: process.env.SAGECP_ADDRESS ?? '127.0.0.1:50051' },
+    address: { type: 'string', default: process.env.SAGECP_SERVER ?? '127.0.0.1:50051' },
     timeout: { type: 'string', default: '60' },
     model: { type: 'string', default: '' },
     chat: { type: 'boolean', default: false },

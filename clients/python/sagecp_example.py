@@ -154,7 +154,7 @@ def explain(error: grpc.RpcError) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Talk to sagecp through generated stubs.")
-    parser.add_argument("--address", default=os.environ.get("SAGECP_ADDRESS", "127.0.0.1:50051"))
+    parser.add_argument("--address", default=os.environ.get("SAGECP_SERVER", "127.0.0.1:50051"))
     parser.add_argument("--ca-file", help="certificate of the server's authority; turns TLS on")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that a call may take")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -21,6 +21,7 @@ from sagecp.core.types import EngineCondition, EngineGauges
 _MAX_JSON_BYTES = 8 << 20
 _MAX_METRICS_BYTES = 64 << 20
 _ABORT_TIMEOUT_S = 5.0
+_ABORT_PATHS = ("/inference/v1/abort_requests", "/abort_requests")
 # A health check that is only late, such as behind a long tokenization, is no news; three in a row are.
 _LATE_CHECKS_UNTIL_UNHEALTHY = 3
 _MAX_REASON_LENGTH = 256
@@ -259,9 +260,7 @@ class EngineProbe:
         wanted += [f"cmpl-{name}-0" for name in request_ids]
         if not request_ids or self._session is None:
             return ""
-        paths = (
-            [self._abort_path] if self._abort_path else ["/inference/v1/abort_requests", "/abort_requests"]
-        )
+        paths = (self._abort_path,) if self._abort_path else _ABORT_PATHS
         for path in paths:
             try:
                 async with (

@@ -27,6 +27,8 @@ from sagecp.v1 import instance_pb2
 MAX_LOOK_S = 1.0
 # Of the time between two looks, what one may take.
 _PROBE_SHARE = 0.8
+# And at least so long: at the shortest intervals a beat rather comes late than without its gauges.
+_MIN_PROBE_S = 0.4
 _FIRST_HEALTH_TIMEOUT_S = 2.0
 _DISCOVERY_TIMEOUT_S = 10.0
 # While beats are due, finding out must not hold them up.
@@ -121,7 +123,7 @@ class EngineWatch:
             with_gauges: Read the metrics too; they are read anyway when the engine came back.
         """
         loop = asyncio.get_running_loop()
-        budget_s = _PROBE_SHARE * min(interval_s, MAX_LOOK_S)
+        budget_s = max(_PROBE_SHARE * min(interval_s, MAX_LOOK_S), _MIN_PROBE_S)
         before = self.observation
         seen = await self._probe.observe(budget_s, with_gauges=with_gauges)
         changed = seen.condition is not before.condition

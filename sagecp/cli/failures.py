@@ -15,13 +15,13 @@ class CliError(click.ClickException):
 
     Attributes:
         hint: What to do about it; empty: nothing to add.
-        exit_code: Of the process.
+        code: Exit code of the process.
     """
 
     def __init__(self, message: str, *, hint: str = "", exit_code: int = ExitCode.UNEXPECTED) -> None:
         super().__init__(message)
         self.hint = hint
-        self.exit_code = int(exit_code)
+        self.code = int(exit_code)
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print both lines on standard error."""

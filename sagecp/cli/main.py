@@ -33,7 +33,9 @@ class Entry:
 
 SECTIONS: Mapping[str, Mapping[str, Entry]] = {
     "Ask for tokens": {
-        "generate": Entry("sagecp.cli.generate:generate", "Send a prompt and print the answer as it is made."),
+        "generate": Entry(
+            "sagecp.cli.generate:generate", "Send a prompt and print the answer as it is made."
+        ),
         "submit": Entry("sagecp.cli.generate:submit", "Hand in a request and print its id."),
         "stream": Entry("sagecp.cli.generate:stream", "Print the output of a request handed in before."),
         "cancel": Entry("sagecp.cli.requests:cancel", "Stop requests."),
@@ -47,8 +49,12 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
     },
     "Run": {
         "serve": Entry("sagecp.cli.serve:serve", "Run the control plane.", "server"),
-        "agent": Entry("sagecp.cli.agent:agent", "Run beside an engine: register it, report its state.", "agent"),
-        "engine-sim": Entry("sagecp.sim.engine_cli:engine_sim", "Run a simulated vLLM, without a GPU.", "sim"),
+        "agent": Entry(
+            "sagecp.cli.agent:agent", "Run beside an engine: register it, report its state.", "agent"
+        ),
+        "engine-sim": Entry(
+            "sagecp.sim.engine_cli:engine_sim", "Run a simulated vLLM, without a GPU.", "sim"
+        ),
         "dev": Entry("sagecp.cli.dev.command:dev", "Run all of it on this machine, to try things.", "all"),
         "demo": Entry("sagecp.cli.demo.command:demo", "Replay a real trace and report the latencies.", "all"),
     },
@@ -63,7 +69,8 @@ COMMANDS: Mapping[str, Entry] = {
 
 _EPILOG = (
     "\b\nExit codes:\n" + table_text() + "\n\n"
-    "Addresses: --server, or SAGECP_SERVER. `sagecp COMMAND --help` says more; `sagecp dev` is the place to start."
+    "`sagecp COMMAND --help` says more, `sagecp help environment` names the variables. "
+    "`sagecp dev` is the place to start."
 )
 
 
@@ -114,20 +121,19 @@ class LazyGroup(click.Group):
         prog_name: str | None = None,
         complete_var: str | None = None,
         standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
+        **extra: Any,  # noqa: ANN401 - as in the class above
+    ) -> Any:  # noqa: ANN401 - as in the class above
         """Run a command, turn failures into lines, and exit."""
         if not standalone_mode:
-            return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-        sys.exit(self._run(args, prog_name or "sagecp", complete_var, **extra))
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        sys.exit(self._run(args, prog_name or "sagecp", complete_var))
 
-    def _run(self, args: Sequence[str] | None, prog_name: str, complete_var: str | None, **extra: Any) -> int:
+    def _run(self, args: Sequence[str] | None, prog_name: str, complete_var: str | None) -> int:
         arguments = list(sys.argv[1:] if args is None else args)
         # What the gRPC core has to say is said better below.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         try:
-            result = super().main(arguments, prog_name, complete_var, False, **extra)
+            result = super().main(arguments, prog_name, complete_var, standalone_mode=False)
             sys.stdout.flush()
         except BrokenPipeError:
             # The reader, such as `head`, has seen enough. Python would complain again at exit.
@@ -146,7 +152,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
         traceback.print_exception(error)
     if isinstance(error, CliError):
         error.show()
-        return error.exit_code
+        return error.code
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx is not None else "sagecp"
         print_error(error.format_message(), f"{command} --help")
@@ -160,7 +166,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
             _raise_missing_package(error, command)
         except CliError as missing:
             missing.show()
-            return missing.exit_code
+            return missing.code
     print_error(
         f"unexpected failure: {type(error).__name__}: {error}",
         "this is a defect; run again with --debug and report what it prints",
@@ -188,10 +194,17 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, value: bool)
 
 
 @click.group(
-    cls=LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=LazyGroup,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version."
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version.",
 )
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def main() -> None:

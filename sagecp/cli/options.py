@@ -17,14 +17,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 _UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
 
 
-class DurationType(click.ParamType):
+class DurationType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases
     """A duration with its unit: 500ms, 5s, 2m, 1h; a bare number counts seconds. In seconds."""
 
     name = "duration"
 
-    def convert(
-        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Return seconds."""
         if isinstance(value, (int, float)):
             return float(value)
@@ -34,7 +32,7 @@ class DurationType(click.ParamType):
         return float(match[1]) * _UNITS_S[match[2]]
 
 
-class JsonPairType(click.ParamType):
+class JsonPairType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases
     """KEY=JSON, such as ``min_p=0.05`` or ``chat_template_kwargs={"enable_thinking": false}``."""
 
     name = "key=json"
@@ -51,12 +49,12 @@ class JsonPairType(click.ParamType):
         try:
             return key, json.loads(text)
         except ValueError:
-            if text[:1] in "[{\"":
+            if text[:1] in '[{"':
                 self.fail(f"the value of {key} is not valid JSON: {text}", param, ctx)
             return key, text
 
 
-class PairType(click.ParamType):
+class PairType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases
     """KEY=VALUE."""
 
     name = "key=value"
@@ -133,8 +131,8 @@ def server_options(function: F) -> F:
         server_name: str,
         token: str,
         timeout: float | None,
-        **rest: Any,
-    ) -> Any:
+        **rest: Any,  # noqa: ANN401 - the command's own
+    ) -> Any:  # noqa: ANN401 - whatever the command returns
         options = ServerOptions(server, tls, ca_cert, cert, key, server_name, token, timeout)
         return function(connection=options, **rest)
 
@@ -144,7 +142,7 @@ def server_options(function: F) -> F:
             click.option(
                 "-s",
                 "--server",
-                envvar=["SAGECP_SERVER", "SAGECP_ADDRESS"],
+                envvar="SAGECP_SERVER",
                 default="127.0.0.1:50051",
                 metavar="ADDR",
                 help="Host and port of the control plane.  [SAGECP_SERVER; 127.0.0.1:50051]",

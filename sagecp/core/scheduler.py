@@ -430,9 +430,9 @@ class Scheduler:
         if record.drain:
             self._drain(record, "the drain goes on", effects)
             return
-        if record.unreachable and condition is EngineCondition.HEALTHY:
-            return
-        if condition is EngineCondition.HEALTHY:
+        if condition is EngineCondition.HEALTHY and record.unreachable:
+            target, why = InstanceState.UNHEALTHY, "its agent is well, but calls to its engine find nobody"
+        elif condition is EngineCondition.HEALTHY:
             target, why = InstanceState.READY, "the engine answers"
         elif condition is EngineCondition.UNHEALTHY:
             target, why = InstanceState.UNHEALTHY, reason or "the engine does not answer"

@@ -13,12 +13,27 @@ from sagecp.core.errors import Failure, RequestNotFoundError, TooManyStreamsErro
 from sagecp.core.request import RequestRecord
 from sagecp.core.types import AttemptRecord, RequestMetadata, RequestState, RequestStatus, Usage
 from sagecp.runtime.engines.base import EngineOutcome
+from sagecp.runtime.engines.request_body import JSON_ERRORS, not_json
 from sagecp.runtime.output import OutputLog
 
 
 def fingerprint(metadata: RequestMetadata) -> bytes:
-    """Return a hash of what was asked, to tell a repetition from another request with the same id."""
-    return hashlib.blake2b(msgspec.json.encode(metadata, order="deterministic"), digest_size=16).digest()
+    """Return a hash of what was asked, to tell a repetition from another request with the same id.
+
+    Raises:
+        InvalidRequestError: It holds what JSON cannot express.
+    """
+    bias = metadata.sampling.logit_bias
+    if bias:
+        # Keys that are numbers have no order in JSON.
+        metadata = dataclasses.replace(
+            metadata, sampling=dataclasses.replace(metadata.sampling, logit_bias={})
+        )
+    try:
+        content = msgspec.json.encode((metadata, sorted(bias.items())), order="deterministic")
+    except JSON_ERRORS as error:
+        raise not_json(error) from error
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 class _Attempt:

@@ -46,6 +46,8 @@ _SERVER_NAME = f"sagecp-engine-sim/{__version__}"
 _EXIT_CODE_OF_DEATH = 1
 # Seeds of a request's further choices, far from each other.
 _CHOICE_STRIDE = 0x5851_F42D
+# As vLLM: an idle connection is closed soon, and a client that reuses it finds out.
+_KEEP_ALIVE_S = 5.0
 # How long connections get to take their last bytes.
 _CLOSE_TIMEOUT_S = 0.5
 
@@ -93,7 +95,8 @@ class EngineServer:
         self._draining = False
         self._engine: EngineLoop | None = None
         self._runner: web.AppRunner | None = None
-        self._socket: socket.socket | None = None
+        self._listener: asyncio.Server | None = None
+        self._port = 0
         self._idle = asyncio.Event()
         self.misbehave(config.misbehaviour.as_dict())
 
@@ -104,7 +107,9 @@ class EngineServer:
             OSError: The address is in use or not this machine's.
         """
         family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
-        self._socket = socket.create_server((self.config.host, self.config.port), family=family, backlog=2048)
+        # Bound first: an address in use must fail before anything else exists.
+        listening = socket.create_server((self.config.host, self.config.port), family=family, backlog=2048)
+        self._port = listening.getsockname()[1]
         self._engine = EngineLoop(self.model, self._deliver)
         app = web.Application(client_max_size=self.config.max_body_bytes, middlewares=[self._frame_answer])
         app.router.add_post("/v1/completions", self._completions)
@@ -115,10 +120,17 @@ class EngineServer:
         app.router.add_post("/sim/misbehave", self._change_misbehaviour)
         info_endpoints.add_routes(app, self.config, ENGINE_VERSION)
         self._runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, shutdown_timeout=_CLOSE_TIMEOUT_S
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            keepalive_timeout=_KEEP_ALIVE_S,
+            shutdown_timeout=_CLOSE_TIMEOUT_S,
         )
         await self._runner.setup()
-        await web.SockSite(self._runner, self._socket).start()
+        loop = asyncio.get_running_loop()
+        protocols = self._runner.server
+        assert protocols is not None  # noqa: S101 - set-up makes one
+        self._listener = await loop.create_server(protocols, sock=listening, backlog=2048)
 
     async def stop(self, timeout_s: float = 0.0) -> None:
         """Stop as vLLM does.
@@ -145,11 +157,11 @@ class EngineServer:
             self._idle.clear()
             with_timeout = asyncio.wait_for(self._idle.wait(), _CLOSE_TIMEOUT_S)
             await asyncio.gather(with_timeout, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
-        if self._socket is not None:
-            self._socket.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -163,10 +175,9 @@ class EngineServer:
     @property
     def port(self) -> int:
         """The port that is listened on."""
-        if self._socket is None:
+        if not self._port:
             raise RuntimeError("the server has not been started")
-        port: int = self._socket.getsockname()[1]
-        return port
+        return self._port
 
     @property
     def base_url(self) -> str:
@@ -206,8 +217,8 @@ class EngineServer:
         loop.call_soon(loop.call_soon, self._die)
 
     def _play_dead(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        if self._listener is not None:
+            self._listener.close()
         server = None if self._runner is None else self._runner.server
         for connection in [] if server is None else list(server.connections):
             if connection.transport is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -34,28 +35,23 @@ def spec_of(max_tokens: int) -> request_pb2.RequestSpec:
 def test_a_killed_engine_leaves_the_rotation(
     inference: Inference, fleet: Fleet, engines: dict[str, Engine]
 ) -> None:
-    # Start long requests until one runs on the engine that is to die.
-    calls = [
-        inference.Generate(inference_service_pb2.GenerateRequest(spec=spec_of(8000)), timeout=60)
-        for _ in range(4)
-    ]
-    request_ids = []
-    for call in calls:
-        opened = next(call)
-        request_ids.append(opened.opened.request_id)
+    # Long requests, until each engine runs at least one.
+    calls: dict[str, Any] = {}
+    where: dict[str, str] = {}
+    while set(where.values()) != {"engine-a", "engine-b"}:
+        assert len(calls) < 20, f"20 requests ran on {set(where.values())}: the other takes none"
+        call = inference.Generate(inference_service_pb2.GenerateRequest(spec=spec_of(8000)), timeout=60)
+        request_id = next(call).opened.request_id
         while not next(call).HasField("chunk"):
             pass
-    where = {
-        request_id: inference.GetRequest(
+        calls[request_id] = call
+        where[request_id] = inference.GetRequest(
             inference_service_pb2.GetRequestRequest(request_id=request_id), timeout=10
         ).request.instance_id
-        for request_id in request_ids
-    }
-    assert set(where.values()) == {"engine-a", "engine-b"}
 
     engines["engine-b"].program.signal_group(signal.SIGKILL)
 
-    for call, request_id in zip(calls, request_ids, strict=True):
+    for request_id, call in calls.items():
         if where[request_id] != "engine-b":
             continue
         output = Output(request_id=request_id)
@@ -80,7 +76,7 @@ def test_a_killed_engine_leaves_the_rotation(
     for _ in range(6):
         assert generate(inference, spec_of(4)).end.instance_id == "engine-a"
     # The one beside it was not disturbed.
-    for call, request_id in zip(calls, request_ids, strict=True):
+    for request_id, call in calls.items():
         if where[request_id] == "engine-a":
             next(call)
             call.cancel()

@@ -36,7 +36,7 @@ def run(command: list[str], address: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         env={
             **os.environ,
-            "SAGECP_ADDRESS": address,
+            "SAGECP_SERVER": address,
             "PATH": os.pathsep.join([*map(str, path), os.environ["PATH"]]),
         },
         capture_output=True,

@@ -12,7 +12,6 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 from sagecp.config import RuntimeConfig, ServerConfig
 from sagecp.core.config import SchedulerConfig
@@ -45,17 +44,17 @@ class Rig:
     channel: grpc.aio.Channel
 
     @property
-    def inference(self) -> Any:  # noqa: ANN401 - the stub's type exists for type checkers only
+    def inference(self) -> Any:
         """Stub of `InferenceService`."""
         return inference_service_pb2_grpc.InferenceServiceStub(self.channel)
 
     @property
-    def instances(self) -> Any:  # noqa: ANN401 - likewise
+    def instances(self) -> Any:
         """Stub of `FleetService`."""
         return fleet_service_pb2_grpc.FleetServiceStub(self.channel)
 
     @property
-    def admin(self) -> Any:  # noqa: ANN401 - likewise
+    def admin(self) -> Any:
         """Stub of `AdminService`."""
         return admin_service_pb2_grpc.AdminServiceStub(self.channel)
 
@@ -70,7 +69,9 @@ class Rig:
             timeout=WAIT_S,
         )
         if incarnation == 0:
-            await until(lambda: self.manager.instance(instance_id).state.name == "READY", f"{instance_id} ready")
+            await until(
+                lambda: self.manager.instance(instance_id).state.name == "READY", f"{instance_id} ready"
+            )
         return self.fleet[instance_id]
 
     def spec(
@@ -84,7 +85,7 @@ class Rig:
             max_concurrent_request_count=limit,
         )
 
-    async def submit(self, request_id: str = "", text: str = "hello", **more: Any) -> request_pb2.Request:  # noqa: ANN401
+    async def submit(self, request_id: str = "", text: str = "hello", **more: Any) -> request_pb2.Request:
         """Submit a request and return it."""
         response = await self.inference.Submit(
             inference_service_pb2.SubmitRequest(spec=request_spec(request_id, text, **more)), timeout=WAIT_S
@@ -99,8 +100,8 @@ class Rig:
         *,
         detach: bool = False,
         timeout: float = WAIT_S,
-        **more: Any,  # noqa: ANN401 - fields of a RequestSpec
-    ) -> Any:  # noqa: ANN401 - a call
+        **more: Any,
+    ) -> Any:
         """Start a Generate."""
         return self.inference.Generate(
             inference_service_pb2.GenerateRequest(
@@ -109,7 +110,7 @@ class Rig:
             timeout=timeout,
         )
 
-    def stream(self, request_id: str, *, from_token_index: int = 0, cancel: bool = False) -> Any:  # noqa: ANN401
+    def stream(self, request_id: str, *, from_token_index: int = 0, cancel: bool = False) -> Any:
         """Start a Stream."""
         return self.inference.Stream(
             inference_service_pb2.StreamRequest(
@@ -126,7 +127,7 @@ class Rig:
         return request_pb2.RequestState.Name(response.request.state).removeprefix("REQUEST_STATE_")
 
 
-def request_spec(request_id: str = "", text: str = "hello", **more: Any) -> request_pb2.RequestSpec:  # noqa: ANN401
+def request_spec(request_id: str = "", text: str = "hello", **more: Any) -> request_pb2.RequestSpec:
     """Return a request with a text prompt, unless another is given."""
     more.setdefault("prompt", request_pb2.Prompt(text=text))
     more.setdefault("model", MODEL)
@@ -141,7 +142,7 @@ async def running_rig(
     channel_options: Sequence[tuple[str, int]] = (),
     credentials: grpc.ChannelCredentials | None = None,
     prepare: Callable[[ControlPlaneServer], None] | None = None,
-    **config: Any,  # noqa: ANN401 - fields of a ServerConfig
+    **config: Any,
 ) -> AsyncIterator[Rig]:
     """Run a server and yield it with a channel of its own to it."""
     fleet = ScriptedFleet()
@@ -151,7 +152,9 @@ async def running_rig(
         runtime=runtime or RuntimeConfig(),
         **config,
     )
-    manager = ControlPlaneManager(scheduler=settings.scheduler, runtime=settings.runtime, client_factory=fleet)
+    manager = ControlPlaneManager(
+        scheduler=settings.scheduler, runtime=settings.runtime, client_factory=fleet
+    )
     server = ControlPlaneServer(settings.validate(), manager)
     if prepare is not None:
         prepare(server)
@@ -169,7 +172,7 @@ async def running_rig(
         await server.stop(0.0)
 
 
-async def failure_of(call: Any) -> grpc.aio.AioRpcError:  # noqa: ANN401 - any call
+async def failure_of(call: Any) -> grpc.aio.AioRpcError:
     """Return the error that a call ends with; messages of a stream are read and dropped."""
     try:
         if hasattr(call, "__aiter__"):
@@ -183,9 +186,12 @@ async def failure_of(call: Any) -> grpc.aio.AioRpcError:  # noqa: ANN401 - any c
 
 
 def status_of(error: grpc.aio.AioRpcError) -> status_pb2.Status:
-    """Return the full status of an error; its details are there."""
-    status = rpc_status.from_call(_Finished(error))
-    assert status is not None, f"no details: {error.code()} {error.details()}"
+    """Return the full status of an error, with its details."""
+    packed = [value for key, value in error.trailing_metadata() or () if key == "grpc-status-details-bin"]
+    assert len(packed) == 1, f"no details: {error.code()} {error.details()}"
+    assert isinstance(packed[0], bytes)
+    status = status_pb2.Status.FromString(packed[0])
+    assert (status.code, status.message) == (error.code().value[0], error.details())
     return status
 
 
@@ -202,7 +208,7 @@ def detail_of(error: grpc.aio.AioRpcError, kind: type[DetailT]) -> DetailT:
 
 def has_detail(error: grpc.aio.AioRpcError, kind: type[Message]) -> bool:
     """Return whether an error has a detail of a kind."""
-    return any(packed.Is(kind.DESCRIPTOR) for packed in status_of(error).details)
+    return any(packed.Unpack(kind()) for packed in status_of(error).details)
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
@@ -215,22 +221,6 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
 def fields_of(error: grpc.aio.AioRpcError) -> set[str]:
     """Return the fields that an error names as bad."""
     return {v.field for v in detail_of(error, error_details_pb2.BadRequest).field_violations}
-
-
-class _Finished:
-    """An error in the shape that `grpc_status` reads: that of a call."""
-
-    def __init__(self, error: grpc.aio.AioRpcError) -> None:
-        self._error = error
-
-    def code(self) -> grpc.StatusCode:
-        return self._error.code()
-
-    def details(self) -> str | None:
-        return self._error.details()
-
-    def trailing_metadata(self) -> Any:  # noqa: ANN401 - metadata
-        return self._error.trailing_metadata()
 
 
 class Output:
@@ -269,19 +259,20 @@ class Output:
         return "".join(chunk.text for chunk in self.chunks if chunk.choice_index == choice_index)
 
 
-async def read_all(call: Any) -> Output:  # noqa: ANN401 - a call
+async def read_all(call: Any) -> Output:
     """Read a stream to its end."""
-    messages = []
+    messages: list[Any] = []
     error = None
     try:
+        # A message at a time: what came before an error counts.
         async for message in call:
-            messages.append(message)
+            messages.append(message)  # noqa: PERF401
     except grpc.aio.AioRpcError as raised:
         error = raised
     return Output(messages, error)
 
 
-async def next_event(call: Any, kind: str) -> Any:  # noqa: ANN401 - a call, and an event of it
+async def next_event(call: Any, kind: str) -> Any:
     """Read the next message of a stream, which must be of a kind."""
     message = await asyncio.wait_for(call.read(), WAIT_S)
     assert message is not grpc.aio.EOF, "the stream ended"

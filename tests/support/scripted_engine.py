@@ -1,235 +1,145 @@
-"""An engine whose every step a test decides, behind the port that the real client implements.
-
-A test awaits :meth:`ScriptedEngine.next_call` and then lets the call produce
-output, finish or fail, by plain method calls: nothing sleeps, nothing is timed.
-"""
+"""An engine that does exactly what a test says, byte for byte: a raw TCP server with a script."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-from sagecp.core.types import ExecutionInstance
-from sagecp.runtime.engines.base import (
-    EngineCall,
-    EngineDelta,
-    EngineEndpoint,
-    EngineError,
-    EngineHealth,
-    EngineOutcome,
-    EngineSink,
-    EngineTimeouts,
-    EngineUnreachableError,
-)
-
-WAIT_S = 10.0
+SSE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+DONE = b"data: [DONE]\n\n"
 
 
-class ScriptedCall:
-    """One generation in progress on the engine.
+class Request:
+    """One request that arrived, and the means to answer it as badly as one likes."""
 
-    Attributes:
-        call: What the control plane asked for.
-        cancelled: Whether the control plane gave it up.
-        ended: Set when it is over, in whatever way.
-    """
+    def __init__(
+        self, head: str, body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int
+    ) -> None:
+        line, *lines = head.split("\r\n")
+        self.method, self.path, _ = line.split(" ")
+        self.headers = {name.lower(): value for name, _, value in (field.partition(": ") for field in lines)}
+        self.body = body
+        self.connection_number = number
+        self.reader = reader
+        self.writer = writer
 
-    def __init__(self, call: EngineCall, sink: EngineSink, timeouts: EngineTimeouts) -> None:
-        self.call = call
-        self.timeouts = timeouts
-        self.cancelled = False
-        self.ended = asyncio.Event()
-        self.token_count = 0
-        self._sink = sink
-        self._result: asyncio.Future[EngineOutcome] = asyncio.get_running_loop().create_future()
+    async def send(self, *pieces: bytes) -> None:
+        """Write each piece by itself."""
+        for piece in pieces:
+            self.writer.write(piece)
+            await self.writer.drain()
 
-    @property
-    def request_id(self) -> str:
-        """Id of the request, as the engine sees it."""
-        return self.call.request_id
+    async def send_events(self, *events: bytes) -> None:
+        """Write each event as one chunk, as vLLM does."""
+        await self.send(*(chunk(event) for event in events))
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON that the engine was sent."""
-        decoded: dict[str, Any] = json.loads(self.call.body)
-        return decoded
+    async def stream(self, *events: bytes) -> None:
+        """Answer with a whole, well-formed stream."""
+        await self.send(SSE_HEAD)
+        await self.send_events(*events)
+        await self.send(b"0\r\n\r\n")
 
-    def send(self, *texts: str, choice_index: int = 0, raw: bytes | None = None) -> None:
-        """Produce one token per text, all found in one read of the socket."""
-        deltas = []
-        for text in texts:
-            token_ids = (1000 + self.token_count,)
-            deltas.append(EngineDelta(choice_index, text, token_ids, 1, raw=raw))
-            self.token_count += 1
-        self.send_deltas(deltas)
+    async def answer(self, status: str, body: bytes, content_type: str = "application/json") -> None:
+        """Answer with a whole, well-formed message of known length."""
+        await self.send(
+            f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
 
-    def send_deltas(self, deltas: Sequence[EngineDelta]) -> None:
-        """Produce these pieces."""
-        self._sink.on_deltas(deltas)
+    async def disconnected(self) -> None:
+        """Return when the client has closed its connection."""
+        with contextlib.suppress(ConnectionError):
+            while await self.reader.read(1 << 16):
+                pass
 
-    def finish(self, reason: str = "stop", *, prompt_token_count: int = 7) -> None:
-        """Say why it is complete, for every choice."""
-        count = self.call.expected_choice_count
-        self._sink.on_deltas([EngineDelta(index, "", None, 0, finish_reason=reason) for index in range(count)])
-        self.complete(EngineOutcome((reason,) * count, prompt_token_count, self.token_count, 0))
+    def close(self) -> None:
+        """Close the connection in an orderly way."""
+        self.writer.close()
 
-    def complete(self, outcome: EngineOutcome) -> None:
-        """Complete without a further piece of output."""
-        if not self._result.done():
-            self._result.set_result(outcome)
+    def reset(self) -> None:
+        """Break the connection: the client sees a reset."""
+        raw: socket.socket = self.writer.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
 
-    def fail(self, error: BaseException) -> None:
-        """Break."""
-        if not self._result.done():
-            self._result.set_exception(error)
 
-    def answer(self, *texts: str) -> None:
-        """Produce these tokens and finish, all at once."""
-        self.send(*texts)
-        self.finish()
-
-    async def run(self) -> EngineOutcome:
-        """Wait for the script to end the call."""
-        try:
-            return await self._result
-        except asyncio.CancelledError:
-            self.cancelled = True
-            raise
-        finally:
-            self.ended.set()
-
-    async def wait_ended(self) -> None:
-        """Wait until it is over."""
-        await asyncio.wait_for(self.ended.wait(), WAIT_S)
+Script = Callable[[Request], Awaitable[None]]
 
 
 class ScriptedEngine:
-    """One engine: its calls, and what it says about its health.
+    """The server. Follows its scripts in turn, one for each request; the last one serves for the rest."""
 
-    Attributes:
-        calls: Every call so far.
-        automatic: Told about every call at its start, to answer without a test's help.
-        healthy: What a probe finds.
-        probe_count: Probes so far.
-        health_gate: When given, probes do not answer before it is set.
-    """
-
-    def __init__(self, base_url: str) -> None:
-        self.base_url = base_url
-        self.calls: list[ScriptedCall] = []
-        self.automatic: Callable[[ScriptedCall], None] | None = None
-        self.healthy = True
-        self.health_error: Exception | None = None
-        self.health_gate: asyncio.Event | None = None
-        self.probe_count = 0
-        self.clients: list[ScriptedClient] = []
-        self._arrived: asyncio.Queue[ScriptedCall] = asyncio.Queue()
-        self._probed: asyncio.Queue[bool] = asyncio.Queue()
+    def __init__(self, scripts: Sequence[Script], scheme: str) -> None:
+        self._scripts = list(scripts)
+        self._scheme = scheme
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.requests: list[Request] = []
+        self.connection_count = 0
+        self.port = 0
 
     @property
-    def running(self) -> list[ScriptedCall]:
-        """Calls in progress."""
-        return [call for call in self.calls if not call.ended.is_set()]
+    def url(self) -> str:
+        return f"{self._scheme}://127.0.0.1:{self.port}"
 
-    async def next_call(self) -> ScriptedCall:
-        """Return the next call that no test has taken yet."""
-        return await asyncio.wait_for(self._arrived.get(), WAIT_S)
-
-    async def next_probe(self) -> bool:
-        """Wait for the next health probe that no test has waited for yet; return what it was told."""
-        return await asyncio.wait_for(self._probed.get(), WAIT_S)
-
-    async def generate(self, call: EngineCall, sink: EngineSink, timeouts: EngineTimeouts) -> EngineOutcome:
-        """Run a call as the test says."""
-        scripted = ScriptedCall(call, sink, timeouts)
-        self.calls.append(scripted)
-        self._arrived.put_nowait(scripted)
-        if self.automatic is not None:
-            self.automatic(scripted)
-        return await scripted.run()
-
-    async def health(self) -> EngineHealth:
-        """Answer a probe as the test says."""
-        self.probe_count += 1
-        if self.health_gate is not None:
-            await self.health_gate.wait()
-        if self.health_error is not None:
-            raise self.health_error
-        healthy = self.healthy
-        self._probed.put_nowait(healthy)
-        return EngineHealth(healthy, 0.001, "" if healthy else "the script says so")
-
-
-class ScriptedClient:
-    """The control plane's client of one scripted engine."""
-
-    def __init__(self, engine: ScriptedEngine, endpoint: EngineEndpoint) -> None:
-        self.engine = engine
-        self.endpoint = endpoint
-        self.closed = False
-
-    async def generate(self, call: EngineCall, sink: EngineSink, timeouts: EngineTimeouts) -> EngineOutcome:
-        """Run one call to its end."""
-        if self.closed:
-            raise EngineUnreachableError("the client is closed")
-        return await self.engine.generate(call, sink, timeouts)
-
-    async def health(self, timeout_s: float) -> EngineHealth:
-        """Probe the engine."""
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connection_count += 1
+        number = self.connection_count
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
         try:
-            return await asyncio.wait_for(self.engine.health(), timeout_s)
-        except TimeoutError:
-            return EngineHealth(False, timeout_s, f"no answer within {timeout_s:g} s")
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n"))[:-4].decode("latin-1")
+                length = int((head.lower().partition("content-length: ")[2] or "0").partition("\r\n")[0])
+                request = Request(head, await reader.readexactly(length), reader, writer, number)
+                self.requests.append(request)
+                script = self._scripts[min(len(self.requests), len(self._scripts)) - 1]
+                await script(request)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except asyncio.CancelledError:
+            pass  # By stop(), and the end of the task: the stream server logs a handler that ends as cancelled.
+        finally:
+            self._tasks.discard(task)
+            writer.close()
 
-    async def close(self) -> None:
-        """Refuse further calls."""
-        self.closed = True
-
-
-class ScriptedFleet:
-    """Makes clients of scripted engines: the ``client_factory`` of a control plane under test.
-
-    Engines are told apart by host; :meth:`instance` names the host after the instance.
-    """
-
-    def __init__(self) -> None:
-        self.engines: dict[str, ScriptedEngine] = {}
-
-    def __call__(self, endpoint: EngineEndpoint) -> ScriptedClient:
-        """Return a client of the engine that listens at the endpoint."""
-        engine = self.at(endpoint.base_url)
-        client = ScriptedClient(engine, endpoint)
-        engine.clients.append(client)
-        return client
-
-    def __getitem__(self, instance_id: str) -> ScriptedEngine:
-        return self.at(self.instance(instance_id).engine_url)
-
-    def at(self, base_url: str) -> ScriptedEngine:
-        """Return the engine at a URL."""
-        return self.engines.setdefault(base_url, ScriptedEngine(base_url))
-
-    def instance(
-        self,
-        instance_id: str,
-        *,
-        model_name: str = "tiny",
-        limit: int | None = None,
-        **more: Any,  # noqa: ANN401 - any field of an instance
-    ) -> ExecutionInstance:
-        """Return an instance whose engine is scripted."""
-        return ExecutionInstance(
-            instance_id=instance_id,
-            host=f"{instance_id}.test",
-            port=8000,
-            model_name=model_name,
-            max_concurrent_request_count=limit,
-            **more,
-        )
+    async def stop(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-def unreachable(message: str = "connection refused") -> EngineError:
-    """Return what a client raises when nobody listens."""
-    return EngineUnreachableError(message)
+@contextlib.asynccontextmanager
+async def scripted_engine(
+    *scripts: Script, ssl_context: ssl.SSLContext | None = None
+) -> AsyncIterator[ScriptedEngine]:
+    """Run an engine on a free port."""
+    engine = ScriptedEngine(scripts, "https" if ssl_context else "http")
+    server = await asyncio.start_server(engine.serve, "127.0.0.1", 0, ssl=ssl_context)
+    engine.port = server.sockets[0].getsockname()[1]
+    try:
+        yield engine
+    finally:
+        server.close()
+        await engine.stop()
+
+
+def chunk(data: bytes) -> bytes:
+    """Return a chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def sse(value: Any) -> bytes:
+    """Return an event with a JSON value."""
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def token(text: str, finish_reason: str | None = None, index: int = 0, **fields: Any) -> bytes:
+    """Return a completion's event with one choice."""
+    return sse({"choices": [{"index": index, "text": text, "finish_reason": finish_reason, **fields}]})

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "sagecp"
+from tests.support.imports import (
+    PACKAGE,
+    Import,
+    all_imports,
+    imports_of,
+    layer_of,
+    module_name,
+    modules,
+    parse,
+)
 
 # What a layer may import of the project: other layers, or single modules of them.
 # A layer that is not named here may import itself only.
@@ -26,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "sim": {"core", "log", "version"},
     "agent": {"v1"} | SHARED_VALUES,
     "client": {"v1"} | SHARED_VALUES,
+    "__main__": {"cli"},
     "cli": {"core", "runtime", "rpc", "gateway", "sim", "agent", "client", "v1", "config", "log", "version"},
 }
 # The package's own names are lazy: importing `sagecp` imports nothing but these.
@@ -50,74 +57,6 @@ IMPURE_CALLS = {
     "random.sample": "draws from the process-wide generator; take a random.Random as an argument",
     "random.SystemRandom": "draws from the operating system",
 }
-
-
-@dataclass(frozen=True)
-class Import:
-    """One import statement: who, at which line, imports what, and whether only for types."""
-
-    source: str
-    line: int
-    target: str
-    for_types_only: bool
-
-    def __str__(self) -> str:
-        return f"{self.source.replace('.', '/')}.py:{self.line} imports {self.target}"
-
-
-def modules() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if "__pycache__" not in path.parts]
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def is_module(name: str) -> bool:
-    path = PACKAGE.parent.joinpath(*name.split("."))
-    return path.with_suffix(".py").is_file() or path.is_dir()
-
-
-def imports_of(name: str, tree: ast.Module, *, is_package: bool) -> Iterator[Import]:
-    typing_only: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            typing_only.update(child for statement in node.body for child in ast.walk(statement))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            targets = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                package = name.split(".") if is_package else name.split(".")[:-1]
-                anchor = ".".join(package[: len(package) - node.level + 1])
-                base = f"{anchor}.{base}" if base else anchor
-            # `from package import module` reaches the module; `from module import name` the module.
-            targets = [
-                f"{base}.{alias.name}" if is_module(f"{base}.{alias.name}") else base for alias in node.names
-            ]
-        else:
-            continue
-        for target in dict.fromkeys(targets):
-            yield Import(name, node.lineno, target, node in typing_only)
-
-
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def all_imports() -> list[Import]:
-    return [
-        found
-        for path in modules()
-        for found in imports_of(module_name(path), parse(path), is_package=path.name == "__init__.py")
-    ]
-
-
-def layer_of(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else ""
 
 
 def permitted(found: Import) -> bool:

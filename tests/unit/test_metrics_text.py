@@ -119,7 +119,8 @@ def test_a_value_that_is_none_leaves_the_gauge_unknown(value: bytes) -> None:
 
 
 def test_values_stay_within_what_the_contract_can_carry() -> None:
-    page = b"vllm:num_requests_running 1e30\nvllm:generation_tokens_total 1e30\nvllm:kv_cache_usage_perc 1.0001\n"
+    page = b"vllm:num_requests_running 1e30\nvllm:generation_tokens_total 1e30\n"
+    page += b"vllm:kv_cache_usage_perc 1.0001\n"
     gauges = parse_metrics(page).gauges
     assert gauges.running_request_count == 2**32 - 1
     assert gauges.generation_token_count == 2**64 - 1

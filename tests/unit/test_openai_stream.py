@@ -305,7 +305,7 @@ def test_messages_are_short_printable_and_without_the_echoed_input() -> None:
     assert printable("a\x00b\x1b[31m\n\tc\u202e") == "a b [31m c"
     assert printable("x" * 1000) == "x" * (MAX_MESSAGE_CHARACTERS - 1) + "…"
     body = (
-        b'{"error":{"message":"1 validation error:\\n  {\'type\': \'float_parsing\', \'loc\': \'body.temperature\', '
+        b"{\"error\":{\"message\":\"1 validation error:\\n  {'type': 'float_parsing', 'loc': 'body.temperature', "
         b"'msg': 'Input should be a valid number', 'input': 'my secret prompt'}\\n  {'msg': 'second'}\","
         b'"param":"body.temperature"}}'
     )
@@ -342,12 +342,26 @@ def test_a_whole_answer_that_is_none(body: bytes) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=8),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                ["choices", "index", "text", "delta", "content", "token_ids", "finish_reason", "usage", "error"]
+                [
+                    "choices",
+                    "index",
+                    "text",
+                    "delta",
+                    "content",
+                    "token_ids",
+                    "finish_reason",
+                    "usage",
+                    "error",
+                ]
                 + ["code", "message", "detail", "tool_calls", "stop_reason", "prompt_tokens_details", "param"]
             ),
             inner,

@@ -138,7 +138,12 @@ _MALFORMED = object()
 
 def _malformed_error() -> InvalidRequestError:
     return InvalidRequestError(
-        [FieldViolation("message", "the bytes are not a message of this method; is the client built from its protos?")]
+        [
+            FieldViolation(
+                "message",
+                "are not bytes of this method's request; build the client from this server's protos",
+            )
+        ]
     )
 
 

@@ -129,7 +129,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
                     return
                 if beat.ByteSize() > MAX_HEARTBEAT_BYTES:
                     raise HeartbeatTooLargeError(
-                        f"the heartbeat has {beat.ByteSize()} bytes; at most {MAX_HEARTBEAT_BYTES} are allowed"
+                        f"the heartbeat has {beat.ByteSize()} bytes; {MAX_HEARTBEAT_BYTES} are allowed"
                     )
                 manager.heartbeat(heartbeat_from_proto(beat))
                 if beat.goodbye:

@@ -35,7 +35,9 @@ def position_of(kind: str, token: str, violations: list[FieldViolation]) -> str:
         found = separator = position = ""
     if not separator or found != kind or not position:
         violations.append(
-            FieldViolation("page_token", "is not a token of this list; give next_page_token, or none to start")
+            FieldViolation(
+                "page_token", "is not a token of this list; give next_page_token, or none to start"
+            )
         )
         return ""
     return position

@@ -149,10 +149,11 @@ class HeadReader:
             if used_bytes > self._max_bytes:
                 raise HttpProtocolError(f"the answer's headers exceed {self._max_bytes} bytes")
             if end < 0:
-                if not b"HTTP/1.".startswith(data[start : start + 7]):
+                pending = data[start:]
+                if not b"HTTP/1.".startswith(pending[:7]) or pending.count(b"\n") != pending.count(b"\r\n"):
                     # Whatever speaks here would never send the empty line that is waited for.
                     raise HttpProtocolError("the answer does not start with an HTTP/1.1 status line")
-                self._pending = data[start:]
+                self._pending = pending
                 return None
             head = parse_response_head(data[start:end])
             start = end + len(_END_OF_HEAD)

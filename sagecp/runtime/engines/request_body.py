@@ -22,6 +22,8 @@ _APIS = {
 # Named otherwise, or encoded otherwise, than in the engine's API.
 _SPECIAL = {"logprobs", "structured_output", "engine_extras", "logit_bias"}
 _PLAIN = tuple(f.name for f in dataclasses.fields(SamplingParameters) if f.name not in _SPECIAL)
+# What the encoder raises for types that JSON does not have, and for halves of surrogate pairs.
+JSON_ERRORS = (TypeError, ValueError)
 _TRUE = msgspec.Raw(b"true")
 _STREAM_OPTIONS = msgspec.Raw(b'{"include_usage":true}')
 CONTROLLED_FIELDS = frozenset({"model", "prompt", "messages", "stream", "stream_options", "return_token_ids"})
@@ -46,7 +48,9 @@ def body_violations(metadata: RequestMetadata) -> Iterator[FieldViolation]:
     sampling = metadata.sampling
     for name in sorted(sampling.engine_extras):
         if name in CONTROLLED_FIELDS:
-            yield FieldViolation(f"sampling.engine_extras.{name}", "is set by the control plane; leave it out")
+            yield FieldViolation(
+                f"sampling.engine_extras.{name}", "is set by the control plane; leave it out"
+            )
         elif name in _TYPED_FIELDS:
             yield FieldViolation(
                 f"sampling.engine_extras.{name}", "has a field of its own in the contract; set that one"
@@ -56,8 +60,8 @@ def body_violations(metadata: RequestMetadata) -> Iterator[FieldViolation]:
         if kind == "json_schema":
             try:
                 _ANY_JSON.decode(value)
-            except (msgspec.DecodeError, UnicodeEncodeError) as error:
-                yield FieldViolation(where, f"is not JSON: {error}")
+            except (msgspec.DecodeError, UnicodeEncodeError, TypeError) as error:
+                yield FieldViolation(where, f"is not JSON text: {error}")
         elif kind == "json_object" and value is not True:
             yield FieldViolation(where, f"is {value!r}; must be true when set")
         elif not value:
@@ -73,7 +77,7 @@ def make_engine_call(metadata: RequestMetadata, model: str, *, token_ids: bool) 
         token_ids: Ask for token ids beside the text.
 
     Raises:
-        InvalidRequestError: As `body_violations` tells.
+        InvalidRequestError: As `body_violations` tells; or it holds what JSON cannot express.
     """
     violations = list(body_violations(metadata))
     if violations:
@@ -100,11 +104,23 @@ def make_engine_call(metadata: RequestMetadata, model: str, *, token_ids: bool) 
     _add_sampling(body, metadata.sampling, chat=chat)
     return EngineCall(
         api=EngineApi.CHAT_COMPLETIONS if chat else EngineApi.COMPLETIONS,
-        body=_ENCODER.encode(body),
+        body=_encode(body),
         request_id=metadata.request_id,
         keep_raw=metadata.include_openai_events,
         expected_choice_count=metadata.choice_count,
     )
+
+
+def _encode(body: dict[str, Any]) -> bytes:
+    try:
+        return _ENCODER.encode(body)
+    except JSON_ERRORS as error:
+        raise not_json(error) from error
+
+
+def not_json(error: Exception) -> InvalidRequestError:
+    """Return what a caller of the library is told who puts something into a request that is not JSON."""
+    return InvalidRequestError([FieldViolation("request", f"holds what JSON cannot express: {error}")])
 
 
 def _add_sampling(body: dict[str, Any], sampling: SamplingParameters, *, chat: bool) -> None:

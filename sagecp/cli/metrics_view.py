@@ -1,0 +1,142 @@
+"""What `sagecp metrics` asks for and prints."""
+
+from __future__ import annotations
+
+import click
+
+from sagecp.cli import render
+from sagecp.cli.json_output import print_message
+from sagecp.client import SageClient, convert
+from sagecp.core.types import DurationQuantiles, PerformanceMetrics
+from sagecp.v1 import admin_service_pb2, metrics_pb2, request_pb2
+
+
+def query(
+    *,
+    window_s: float | None,
+    group_by: str | None,
+    model: str,
+    instance_id: str,
+    tenant_id: str,
+    priority: str | None,
+) -> admin_service_pb2.GetMetricsRequest:
+    """Return the message for the command's options."""
+    message = admin_service_pb2.GetMetricsRequest(model=model, instance_id=instance_id, tenant_id=tenant_id)
+    if window_s is not None:
+        message.window.FromNanoseconds(round(window_s * 1e9))
+        message.window.SetInParent()
+    if group_by:
+        message.group_by = metrics_pb2.MetricsDimension.Value(f"METRICS_DIMENSION_{group_by.upper()}")
+    if priority:
+        message.priority = request_pb2.RequestPriority.Value(f"REQUEST_PRIORITY_{priority.upper()}")
+    return message
+
+
+async def fetch(
+    client: SageClient, message: admin_service_pb2.GetMetricsRequest
+) -> metrics_pb2.MetricsSnapshot:
+    """Return the metrics."""
+    return (await client.connection.unary(client.connection.admin.GetMetrics, message)).snapshot
+
+
+def show(snapshot: metrics_pb2.MetricsSnapshot, group_by: str, *, as_json: bool) -> None:
+    """Print metrics."""
+    if as_json:
+        print_message(snapshot)
+        return
+    figures = convert.metrics(snapshot)
+    overall = figures.overall
+    requests = (
+        ("accepted", overall.total_requests),
+        ("succeeded", overall.completed_requests),
+        ("failed", overall.failed_requests),
+        ("cancelled", overall.cancelled_requests),
+        ("active", overall.active_requests),
+        ("queued", overall.queued_requests),
+    )
+    render.print_pairs(
+        [
+            ("requests", ", ".join(f"{render.count(number)} {name}" for name, number in requests)),
+            (
+                "throughput",
+                f"{overall.requests_per_second:.3g} requests/s, {overall.tokens_per_second:.4g} tokens/s",
+            ),
+            ("objectives", _objectives(overall)),
+            ("GPUs", _gpus(overall)),
+            ("window", render.duration(figures.window_s)),
+        ]
+    )
+    click.echo()
+    render.print_table(
+        (
+            render.Column("LATENCY"),
+            *(render.Column(title, right=True) for title in ("SAMPLES", "MEAN", "P50", "P95", "P99")),
+        ),
+        [
+            _quantile_row(name, quantiles)
+            for name, quantiles in (
+                ("time to first token", overall.ttft),
+                ("time per output token", overall.tpot),
+                ("end to end", overall.latency),
+                ("wait in the queue", overall.queue_wait),
+            )
+        ],
+    )
+    if group_by:
+        click.echo()
+        _show_groups(group_by, dict(figures.groups))
+
+
+def _quantile_row(name: str, quantiles: DurationQuantiles) -> list[str]:
+    if not quantiles.sample_count:
+        return [name, "0", *[render.NONE] * 4]
+    seconds = (quantiles.mean_s, quantiles.p50_s, quantiles.p95_s, quantiles.p99_s)
+    return [name, render.count(quantiles.sample_count), *map(render.duration, seconds)]
+
+
+def _objectives(metrics: PerformanceMetrics) -> str:
+    if metrics.slo_compliance_rate is None and not metrics.slo_violations:
+        return "no request had any"
+    return (
+        f"{render.percent(metrics.slo_compliance_rate)} met in the window, "
+        f"{render.count(metrics.slo_violations)} missed since the start"
+    )
+
+
+def _gpus(metrics: PerformanceMetrics) -> str:
+    if metrics.average_gpu_utilization is None and metrics.total_gpu_memory_gb is None:
+        return "none reports"
+    used, total = metrics.used_gpu_memory_gb, metrics.total_gpu_memory_gb
+    memory = f", {used or 0:.1f} of {total:.1f} GiB used" if total is not None else ""
+    return f"{render.percent(metrics.average_gpu_utilization)} busy{memory}"
+
+
+def _show_groups(dimension: str, groups: dict[str, PerformanceMetrics]) -> None:
+    def median(quantiles: DurationQuantiles) -> str:
+        return render.duration(quantiles.p50_s) if quantiles.sample_count else render.NONE
+
+    def tail(quantiles: DurationQuantiles) -> str:
+        return render.duration(quantiles.p99_s) if quantiles.sample_count else render.NONE
+
+    titles = ("DONE", "FAILED", "ACTIVE", "TOK/S", "TTFT P50", "P99", "TPOT P50", "E2E P50", "P99")
+    render.print_table(
+        (
+            render.Column(dimension.upper(), flexible=True),
+            *(render.Column(title, right=True) for title in titles),
+        ),
+        [
+            (
+                value,
+                render.compact(each.completed_requests),
+                render.compact(each.failed_requests),
+                render.compact(each.active_requests),
+                render.compact(each.tokens_per_second),
+                median(each.ttft),
+                tail(each.ttft),
+                median(each.tpot),
+                median(each.latency),
+                tail(each.latency),
+            )
+            for value, each in sorted(groups.items())
+        ],
+    )

@@ -1,0 +1,194 @@
+"""What people read: aligned tables, key-value lists, and humanised figures. No dependency but click."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import click
+
+_STATE_COLORS = {
+    "READY": "green", "SUCCEEDED": "green", "SERVING": "green",
+    "STARTING": "cyan", "RUNNING": "cyan", "DISPATCHED": "cyan",
+    "QUEUED": "yellow", "DRAINING": "yellow", "DRAINED": "yellow", "CANCELLED": "yellow",
+    "UNHEALTHY": "red", "LOST": "red", "FAILED": "red", "EXPIRED": "red",
+}  # fmt: skip
+_ELLIPSIS = "…"
+_GAP = "  "
+_MIN_FLEXIBLE_WIDTH = 12
+NONE = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        title: Its head.
+        right: Numbers are aligned to the right.
+        state: Whether the cells are states, which have colours.
+        flexible: Whether it may be shortened where the terminal is narrow.
+    """
+
+    title: str
+    right: bool = False
+    state: bool = False
+    flexible: bool = False
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    """Print an aligned table; flexible columns give way where the terminal is narrow."""
+    widths = [
+        max(_width(column.title), *(_width(row[index]) for row in rows)) if rows else _width(column.title)
+        for index, column in enumerate(columns)
+    ]
+    _fit(columns, widths)
+    click.echo(_line([column.title for column in columns], columns, widths, styled=False))
+    for row in rows:
+        click.echo(_line(row, columns, widths, styled=True))
+
+
+def _fit(columns: Sequence[Column], widths: list[int]) -> None:
+    excess = sum(widths) + len(_GAP) * (len(widths) - 1) - terminal_width()
+    while excess > 0:
+        candidates = [i for i, c in enumerate(columns) if c.flexible and widths[i] > _MIN_FLEXIBLE_WIDTH]
+        if not candidates:
+            return
+        widest = max(candidates, key=lambda i: widths[i])
+        widths[widest] -= 1
+        excess -= 1
+
+
+def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int], *, styled: bool) -> str:
+    parts = []
+    for cell, column, width in zip(cells, columns, widths, strict=True):
+        text = _shorten(cell, width)
+        pad = " " * (width - _width(text))
+        if styled and column.state:
+            text = state_text(text)
+        elif not styled:
+            text = click.style(text, bold=True)
+        parts.append(pad + text if column.right else text + pad)
+    return _GAP.join(parts).rstrip()
+
+
+def print_pairs(pairs: Iterable[tuple[str, str]], indent: str = "") -> None:
+    """Print names and values below each other; pairs with an empty value are left out."""
+    given = [(name, value) for name, value in pairs if value]
+    width = max((len(name) for name, _ in given), default=0)
+    for name, value in given:
+        first, *rest = value.split("\n")
+        click.echo(f"{indent}{click.style(name, bold=True)}{' ' * (width - len(name))}{_GAP}{first}")
+        for line in rest:
+            click.echo(f"{indent}{' ' * width}{_GAP}{line}")
+
+
+def state_text(state: str) -> str:
+    """Return a state in its colour."""
+    color = _STATE_COLORS.get(state.strip())
+    return click.style(state, fg=color) if color else state
+
+
+def terminal_width() -> int:
+    """Return how wide lines may be; without a terminal there is no limit."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return 10_000
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def _width(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in text
+    )
+
+
+def _shorten(text: str, width: int) -> str:
+    if _width(text) <= width:
+        return text
+    while text and _width(text) > width - 1:
+        text = text[:-1]
+    return text + _ELLIPSIS
+
+
+def duration(seconds: float | None) -> str:
+    """Return a duration in the unit that suits it."""
+    if seconds is None:
+        return NONE
+    if seconds < 0:
+        return "-" + duration(-seconds)
+    if seconds == 0:
+        return "0 s"
+    if seconds < 0.000_999_5:
+        return f"{seconds * 1e6:.0f} us"
+    if seconds < 0.009_995:
+        return f"{seconds * 1e3:.2f} ms"
+    if seconds < 0.099_95:
+        return f"{seconds * 1e3:.1f} ms"
+    if seconds < 0.999_5:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 9.995:
+        return f"{seconds:.2f} s"
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m {rest_s:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}h {minutes:02d}m"
+    days, hours = divmod(hours, 24)
+    return f"{days}d {hours:02d}h"
+
+
+def span(start_s: float | None, end_s: float | None) -> str:
+    """Return the time between two moments, where both are known."""
+    return NONE if start_s is None or end_s is None else duration(max(0.0, end_s - start_s))
+
+
+def age(moment_s: float | None) -> str:
+    """Return how long ago a moment was, without false precision."""
+    if moment_s is None or moment_s <= 0:
+        return NONE
+    seconds = max(0.0, time.time() - moment_s)
+    return f"{seconds:.0f}s" if seconds < 100 else duration(seconds)
+
+
+def clock_time(moment_s: float | None) -> str:
+    """Return a moment in local time."""
+    if moment_s is None or moment_s <= 0:
+        return NONE
+    text = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment_s))
+    return f"{text}.{int(moment_s % 1 * 1000):03d}"
+
+
+def count(number: float | None) -> str:
+    """Return a count; thousands are told apart."""
+    return NONE if number is None else f"{number:,.0f}"
+
+
+def compact(number: float | None) -> str:
+    """Return a count in few characters: 12.3k, 4.5M."""
+    if number is None:
+        return NONE
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share of one."""
+    return NONE if share is None else f"{share * 100:.3g}%"
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a count with its noun."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
