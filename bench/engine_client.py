@@ -329,9 +329,8 @@ def main() -> None:
                         if number:  # The first round warms up.
                             figures.setdefault((pace, loop_name, name), []).append(microseconds)
             print(f"round {number} of {arguments.rounds}", file=sys.stderr, flush=True)
-    print(
-        f"{machine()}; {arguments.streams} streams of {arguments.tokens} tokens, load {os.getloadavg()[0]:.1f}"
-    )
+    print(f"{machine()}; load {os.getloadavg()[0]:.1f}")
+    print(f"{arguments.streams} streams of {arguments.tokens} tokens")
     print("CPU us per token of the reading process: median (least to most)\n")
     header = ("reader", *(f"{pace}, {loop}" for pace in loads for loop in _LOOPS))
     rows = [

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -114,8 +115,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     # Leases must outlive the interval: the default of 6 s is made for beats every second.
-    with control_plane("--lease-duration", f"{3 * arguments.interval:g}s") as server:
-        figures = asyncio.run(_measure(server, arguments))
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as config:
+        config.write(f"[scheduler]\nlease_duration_s = {3 * arguments.interval:g}\n")
+        config.flush()
+        with control_plane("--config", config.name) as server:
+            figures = asyncio.run(_measure(server, arguments))
     print(
         f"\n{machine()}; {arguments.streams} streams on {arguments.connections} connections, "
         f"one beat per {arguments.interval:g} s each, over {arguments.seconds:g} s\n"

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import grpc
-from sagecp.runtime.engines.vllm import VllmEngineClient
 
 from bench.processes import control_plane, machine, print_table, simulated_engine, write_json
 from bench.token_path import MODEL, _register
 from sagecp.runtime.engines.base import EngineApi, EngineCall, EngineEndpoint, EngineTimeouts
+from sagecp.runtime.engines.vllm import VllmEngineClient
 from sagecp.v1 import inference_service_pb2 as pb
 from sagecp.v1 import inference_service_pb2_grpc, request_pb2
 
@@ -69,7 +69,7 @@ async def _measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[fl
             max_tokens=arguments.tokens, temperature=0.0, ignore_eos=True
         ),
     )
-    engine_flags = ("--profile", "fixed", "--ttft", "0.02", "--itl", "0.01")
+    engine_flags = ("--ttft-ms", "20", "--inter-token-ms", "10")
     results: dict[str, list[_Clock]] = {"direct": [], "sagecp": []}
     with simulated_engine(MODEL, *engine_flags) as engine, control_plane() as server:
         await _register(server, engine)

@@ -85,12 +85,8 @@ async def _register(server: Measured, engine: Measured) -> None:
 
 async def _measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     figures: dict[str, dict[str, list[float]]] = {}
-    engines = {
-        "unpaced": ("--profile", "instant"),
-        f"paced {arguments.pace_ms:g} ms": (
-            "--profile", "fixed", "--ttft", "0.02", "--itl", str(arguments.pace_ms / 1000),
-        ),
-    }  # fmt: skip
+    pace = ("--ttft-ms", "20", "--inter-token-ms", f"{arguments.pace_ms:g}")
+    engines = {"unpaced": ("--profile", "instant"), f"paced {arguments.pace_ms:g} ms": pace}
     for name, flags in engines.items():
         with simulated_engine(MODEL, *flags) as engine, control_plane() as server:
             await _register(server, engine)

@@ -211,8 +211,9 @@ class Agent:
         self._reminder.reset()
 
     def _set_interval(self, asked_s: float) -> None:
-        interval_s = self._config.interval_s or asked_s
-        self._interval_s = clamp_interval_s(min(interval_s, self._largest_interval_s))
+        # The control plane knows its lease; whoever wrote the flag may not.
+        own_s = self._config.interval_s
+        self._interval_s = clamp_interval_s(min(own_s, self._largest_interval_s) if own_s else asked_s)
 
     async def _beat(self, stream: HeartbeatStream) -> None:
         """Send beats until stopped, or until the engine is another and must be registered anew.
@@ -235,14 +236,14 @@ class Agent:
                 self._set_interval(stream.asked_interval_s)
                 next_beat_s = min(next_beat_s, loop.time() + self._interval_s * (1 + _INTERVAL_JITTER))
             self._follow_wishes(stream)
-            due = loop.time() >= next_beat_s - _TIMER_SLACK_S
+            look_s = loop.time()
+            due = look_s >= next_beat_s - _TIMER_SLACK_S
             changed = await self._watch.look(self._interval_s, with_gauges=due)
             if due or changed:
                 await self._watch.read_gpus()
                 sequence += 1
-                next_beat_s = loop.time() + self._interval_s * random.uniform(
-                    1 - _INTERVAL_JITTER, 1 + _INTERVAL_JITTER
-                )
+                jitter = random.uniform(1 - _INTERVAL_JITTER, 1 + _INTERVAL_JITTER)
+                next_beat_s = look_s + self._interval_s * jitter
                 await stream.send(self._message(sequence), self._interval_s)
             if self._watch.facts_are_old and await self._watch.refresh():
                 return

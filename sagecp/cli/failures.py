@@ -112,10 +112,12 @@ def _unavailable(error: Any, server: str) -> CliError:  # noqa: ANN401 - an Unav
         hint = "is the server's TLS as given here? Without TLS, leave out --tls and --ca-cert"
     elif "socket closed" in text or "reset" in text or "goaway" in text:
         hint = "if the server speaks TLS, give --ca-cert FILE, or --tls"
-    elif "resolution" in text or "name or service" in text:
+    elif "resolving" in text or "resolution" in text or "domain name" in text:
         hint = "the host name is not known; check --server"
     # The core's text goes through every address; its end says why.
-    why = re.sub(r"^.*(?:last error: |connect: )", "", error.message, flags=re.DOTALL)
+    why = re.sub(
+        r"^.*(?:last error: |connect: |Failed to connect to remote host: )", "", error.message, flags=re.S
+    )
     why = re.sub(r"^(?:UNKNOWN|UNAVAILABLE): ", "", why)
     return CliError(
         f"cannot reach the control plane at {server}: {why}", hint=hint, exit_code=ExitCode.UNREACHABLE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -74,6 +73,10 @@ _EPILOG = (
 )
 
 
+class _ReaderGoneError(Exception):
+    """Nobody reads standard output any more."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported on use, and whose failures are lines, not tracebacks."""
 
@@ -108,6 +111,16 @@ class LazyGroup(click.Group):
             raise CliError(f"there is no command {name!r}", hint=hint, exit_code=ExitCode.INVALID)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - as in the class above
+        """Run the command; whoever stops reading its output ends it."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Not for click, which would exit with 1.
+            raise _ReaderGoneError from None
+        return result
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands by what they are for, without importing them."""
         width = max(len(name) for name in COMMANDS)
@@ -134,8 +147,7 @@ class LazyGroup(click.Group):
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         try:
             result = super().main(arguments, prog_name, complete_var, standalone_mode=False)
-            sys.stdout.flush()
-        except BrokenPipeError:
+        except _ReaderGoneError:
             # The reader, such as `head`, has seen enough. Python would complain again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return ExitCode.OK
@@ -149,6 +161,8 @@ class LazyGroup(click.Group):
 def _report(error: Exception, arguments: Sequence[str]) -> int:
     """Print a failure and return the exit code."""
     if "--debug" in arguments:
+        import traceback
+
         traceback.print_exception(error)
     if isinstance(error, CliError):
         error.show()

@@ -118,7 +118,8 @@ def _show_groups(dimension: str, groups: dict[str, PerformanceMetrics]) -> None:
     def tail(quantiles: DurationQuantiles) -> str:
         return render.duration(quantiles.p99_s) if quantiles.sample_count else render.NONE
 
-    titles = ("DONE", "FAILED", "ACTIVE", "TOK/S", "TTFT P50", "P99", "TPOT P50", "E2E P50", "P99")
+    # With the medians and 99th percentiles of the figures above, within 80 columns.
+    titles = ("DONE", "FAIL", "RUN", "TOK/S", "TTFT50", "TTFT99", "TPOT50", "E2E50", "E2E99")
     render.print_table(
         (
             render.Column(dimension.upper(), flexible=True),

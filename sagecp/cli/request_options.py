@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from sagecp.cli.failures import CliError
 from sagecp.cli.options import DURATION, JSON_PAIR, PAIR
 
 if TYPE_CHECKING:
+    from sagecp.core.errors import FieldViolation
     from sagecp.v1 import request_pb2
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -108,7 +109,39 @@ def make_spec(values: dict[str, Any]) -> request_pb2.RequestSpec:
     try:
         return request_spec(prompt, options)  # type: ignore[arg-type]  # built from the same names
     except ClientError as error:
+        # What does not even fit the message is never sent, so the server cannot name the other bad fields.
+        error.violations = _all_violations(error.violations, options)
         raise from_client_error(error) from error
+
+
+def _all_violations(found: Sequence[FieldViolation], options: dict[str, Any]) -> tuple[FieldViolation, ...]:
+    """Return every bad field: those that were found, and those that the server would find."""
+    from sagecp.core.errors import FieldViolation
+    from sagecp.core.types import RequestMetadata, SamplingParameters
+    from sagecp.core.validation import request_violations
+
+    numbers = {
+        name: value
+        for name, value in options.items()
+        if name in SamplingParameters.__dataclass_fields__ and isinstance(value, (int, float))
+    }
+    metadata = RequestMetadata(
+        request_id=options.get("request_id", ""),
+        max_tokens=options.get("max_tokens"),
+        sampling=SamplingParameters(stop=tuple(options.get("stop", ())), **numbers),
+        slo_deadline_ms=_milliseconds(options.get("deadline_s")),
+        ttft_slo_ms=_milliseconds(options.get("ttft_s")),
+        tpot_slo_ms=_milliseconds(options.get("tpot_s")),
+        cost_budget=options.get("cost_budget_usd"),
+        labels=options.get("labels", {}),
+    )
+    violations = {f"spec.{each.field}": each for each in request_violations(metadata)}
+    rest = [each for each in found if each.field not in violations]
+    return (*(FieldViolation(field, each.description) for field, each in violations.items()), *rest)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1000
 
 
 def _read_prompt(values: dict[str, Any], options: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
 
@@ -25,6 +26,13 @@ _SCALARS = (
 )  # fmt: skip
 _LISTS = ("stop_token_ids", "allowed_token_ids", "bad_words")
 SAMPLING_OPTIONS = frozenset((*_SCALARS, *_LISTS, "stop", "logit_bias", "structured_output", "engine_extras"))
+_ALLOWED = {
+    FieldDescriptor.TYPE_UINT32: "a whole number of 0 or more",
+    FieldDescriptor.TYPE_INT32: "a whole number",
+    FieldDescriptor.TYPE_INT64: "a whole number",
+    FieldDescriptor.TYPE_FLOAT: "a number",
+    FieldDescriptor.TYPE_BOOL: "true or false",
+}
 _PARALLELISM = {
     ParallelismType.TENSOR: parallelism_pb2.PARALLELISM_TYPE_TENSOR,
     ParallelismType.PIPELINE: parallelism_pb2.PARALLELISM_TYPE_PIPELINE,
@@ -75,13 +83,19 @@ class _Builder:
         self.violations: list[FieldViolation] = []
 
     def attempt(
-        self, field: str, action: Callable[..., object], *arguments: object, shown: object = None
+        self,
+        field: str,
+        action: Callable[..., object],
+        *arguments: object,
+        shown: object = None,
+        allowed: str = "",
     ) -> None:
         """Do something to the message, and note it when the value does not fit."""
         try:
             action(*arguments)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            what = f"is {shown!r}, which does not fit" if shown is not None else f"does not fit: {error}"
+            must = f"must be {allowed}" if allowed else "that does not fit"
+            what = f"is {shown!r}; {must}" if shown is not None else f"does not fit: {error}"
             self.violations.append(FieldViolation(f"spec.{field}", what))
 
     def read_prompt(self, text: str | None) -> None:
@@ -128,7 +142,9 @@ class _Builder:
         sampling.SetInParent()
         for name in _SCALARS:
             if name in options:
-                self.attempt(f"sampling.{name}", setattr, sampling, name, options[name], shown=options[name])
+                value, field = options[name], sampling.DESCRIPTOR.fields_by_name[name]
+                allowed = _ALLOWED.get(field.type, "")
+                self.attempt(f"sampling.{name}", setattr, sampling, name, value, shown=value, allowed=allowed)
         for name in _LISTS:
             if name in options:
                 self.attempt(

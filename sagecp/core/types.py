@@ -154,9 +154,9 @@ class RequestMetadata:
     """What a user asks for.
 
     At most one of ``prompt``, ``messages``, ``prompt_token_ids`` and
-    ``openai_body`` may be given. None of them means unconditional generation:
-    the engine gets an empty prompt, which models with a beginning-of-sequence
-    token accept. (The gRPC edge asks for a prompt.)
+    ``openai_body`` may be given. With none of them the engine is sent an empty
+    prompt and judges it: vLLM refuses it, and the request ends as FAILED. (The
+    gRPC edge asks for a prompt.)
 
     Attributes:
         request_id: Chosen by the caller so that a repetition is recognised;

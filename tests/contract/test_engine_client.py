@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import inspect
 import json
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import uvloop
 
 from sagecp.runtime.engines.base import (
     EngineApi,
@@ -35,53 +33,37 @@ from sagecp.runtime.engines.base import (
     EngineUnreachableError,
 )
 from sagecp.runtime.engines.vllm import VllmEngineClient
+from tests.support.event_loops import CoroutineTest, on_both_loops
 from tests.support.scripted_engine import DONE, SSE_HEAD, Request, chunk, scripted_engine, sse, token
 
 MakeClient = Callable[[EngineEndpoint], EngineClient]
 CLIENTS: dict[str, MakeClient] = {"vllm": VllmEngineClient}
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 BODY = b'{"model":"tiny","prompt":"hello","stream":true}'
 SHORT = EngineTimeouts(connect_s=0.1, first_token_s=0.1, inter_token_s=0.1)
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
 
 
-def on_every_client_and_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Run a coroutine test, whose first argument makes a client, on every client and event loop.
+def on_every_client_and_loop(test: CoroutineTest) -> Callable[..., None]:
+    """Run a coroutine test, whose first argument makes a client, on every client and event loop."""
 
-    Whatever the loop would only log (an error in a callback, a failure nobody
-    looked at) fails the test.
-    """
-
-    @pytest.mark.parametrize("client_name", CLIENTS)
-    @pytest.mark.parametrize("loop_name", LOOPS)
     @functools.wraps(test)
-    def wrapper(client_name: str, loop_name: str, **arguments: Any) -> None:
-        mishaps: list[dict[str, Any]] = []
+    async def with_client(client_name: str, **arguments: Any) -> None:
         clients: list[EngineClient] = []
 
         def make_client(endpoint: EngineEndpoint) -> EngineClient:
             clients.append(CLIENTS[client_name](endpoint))
             return clients[-1]
 
-        async def main() -> None:
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: mishaps.append(context))
-            async with asyncio.timeout(20):
-                await test(make_client, **arguments)
+        try:
+            await test(make_client, **arguments)
+        finally:
             for client in clients:
                 await client.close()
-            gc.collect()
-            await asyncio.sleep(0)
-
-        with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
-            runner.run(main())
-        assert not mishaps
 
     own = list(inspect.signature(test).parameters.values())[1:]
-    names = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("client_name", "loop_name")
-    ]
-    wrapper.__signature__ = inspect.Signature([*names, *own])  # type: ignore[attr-defined]
-    return wrapper
+    added = inspect.Parameter("client_name", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    vars(with_client)["__signature__"] = inspect.Signature([added, *own])
+    return pytest.mark.parametrize("client_name", CLIENTS)(on_both_loops(with_client))
 
 
 class Sink:
@@ -435,7 +417,7 @@ async def test_a_connection_that_ends_early(make_client: MakeClient, cut: str, e
         b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000,
         b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 2\r\n\r\nhi",
         b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n",
+        SSE_HEAD[:-2] + b"content-length: 5\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: gzip, chunked\r\n\r\n",
         b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
@@ -445,7 +427,7 @@ async def test_a_connection_that_ends_early(make_client: MakeClient, cut: str, e
         SSE_HEAD + b"ffffffff\r\n",
         SSE_HEAD + b"1" * 5000,
         SSE_HEAD + b"100000\r\n" + b"data: " + b"x" * 1000,
-        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 7\r\n\r\n{\"a\":1}",
+        b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 7\r\n\r\n{"a":1}',
         b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 7\r\n\r\ngarbage",
     ],
 )

@@ -17,7 +17,7 @@ from sagecp.v1 import (
     request_pb2,
 )
 from tests.e2e.conftest import MODEL, Engine, instance_states, start_engine
-from tests.e2e.reading import Output, generate, read_rest, refusal
+from tests.e2e.reading import Output, generate, read, read_rest, refusal
 from tests.support.processes import Program, eventually
 
 Inference = inference_service_pb2_grpc.InferenceServiceStub
@@ -90,8 +90,11 @@ def test_a_restarted_engine_returns(
     engines["engine-b"] = start_engine("engine-b", dead.port, logs)
     engines["engine-b"].wait_until_healthy()
     eventually(lambda: instance_states(fleet)["engine-b"], lambda state: state == "READY", timeout_s=30)
-    used = {generate(inference, spec_of(4)).end.instance_id for _ in range(12)}
-    assert "engine-b" in used
+    calls = [
+        inference.Generate(inference_service_pb2.GenerateRequest(spec=spec_of(50)), timeout=60)
+        for _ in range(8)
+    ]
+    assert "engine-b" in {read(call).end.instance_id for call in calls}
 
 
 def test_an_agent_that_stops_takes_its_instance_along(

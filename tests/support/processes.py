@@ -21,7 +21,7 @@ import pytest
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 # The command as installed beside the interpreter that runs the tests.
-SAGECP = Path(os.environ.get("SAGECP_TEST_COMMAND") or Path(sys.executable).with_name("sagecp"))
+SAGECP = Path(sys.executable).with_name("sagecp")
 
 
 class Program:

@@ -11,7 +11,9 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-SSE_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+SSE_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+)
 DONE = b"data: [DONE]\n\n"
 
 
@@ -32,6 +34,8 @@ class Request:
     async def send(self, *pieces: bytes) -> None:
         """Write each piece by itself."""
         for piece in pieces:
+            if self.writer.transport.is_closing():
+                raise ConnectionResetError  # What uvloop says differently.
             self.writer.write(piece)
             await self.writer.drain()
 
@@ -47,10 +51,8 @@ class Request:
 
     async def answer(self, status: str, body: bytes, content_type: str = "application/json") -> None:
         """Answer with a whole, well-formed message of known length."""
-        await self.send(
-            f"HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-            + body
-        )
+        headers = f"content-type: {content_type}\r\ncontent-length: {len(body)}\r\n"
+        await self.send(f"HTTP/1.1 {status}\r\n{headers}\r\n".encode() + body)
 
     async def disconnected(self) -> None:
         """Return when the client has closed its connection."""
@@ -104,7 +106,7 @@ class ScriptedEngine:
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         except asyncio.CancelledError:
-            pass  # By stop(), and the end of the task: the stream server logs a handler that ends as cancelled.
+            pass  # By stop(). The stream server would log a handler that ends as cancelled.
         finally:
             self._tasks.discard(task)
             writer.close()

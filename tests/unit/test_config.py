@@ -64,9 +64,7 @@ def test_every_table_is_read(tmp_path: Path) -> None:
         listen="[::1]:6000",
         log_level="debug",
         max_connections=7,
-        scheduler=SchedulerConfig(
-            scheduling_policy="fifo", lease_duration_s=3.0, max_queued_request_count=5
-        ),
+        scheduler=SchedulerConfig(scheduling_policy="fifo", lease_duration_s=3.0, max_queued_request_count=5),
         runtime=RuntimeConfig(drain_timeout_s=0.0, token_coalescing_window_s=0.05),
         engine=EngineConfig(token_ids=False, connect_timeout_s=1.5),
         tls=TlsConfig(certificate_file="a.pem"),

@@ -38,7 +38,9 @@ def end(table: RequestTable, handle: RequestHandle, now: float) -> None:
     table.note_ended(handle, now)
 
 
-def fill(table: RequestTable, count: int, *, text: str = "", end_at: float | None = None) -> list[RequestHandle]:
+def fill(
+    table: RequestTable, count: int, *, text: str = "", end_at: float | None = None
+) -> list[RequestHandle]:
     handles = [make_handle(f"r{number}", text=text) for number in range(count)]
     for handle in handles:
         table.add(handle)
@@ -193,9 +195,7 @@ def test_the_order_of_keys_makes_no_other_request() -> None:
     other = dataclasses.replace(
         BASE,
         messages=({"content": "x", "role": "user"},),
-        sampling=SamplingParameters(
-            logit_bias={1: -1.0, 2: 1.0}, engine_extras={"a": [None, True], "b": 1}
-        ),
+        sampling=SamplingParameters(logit_bias={1: -1.0, 2: 1.0}, engine_extras={"a": [None, True], "b": 1}),
         labels={"b": "2", "a": "1"},
     )
     assert fingerprint(BASE) == fingerprint(other)

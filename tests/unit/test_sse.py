@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -118,7 +120,7 @@ def test_any_split_of_the_bytes_gives_the_same_events(
 ) -> None:
     stream, expected = case
     bounds = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    pieces = [stream[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    pieces = [stream[start:stop] for start, stop in itertools.pairwise(bounds)]
     assert split(*pieces) == expected
 
 

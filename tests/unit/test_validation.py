@@ -131,9 +131,7 @@ def test_everything_wrong_is_told_at_once_and_the_message_stays_short() -> None:
         cost_budget=-1,
         user_id="u" * 300,
         labels={"": ""},
-        sampling=SamplingParameters(
-            temperature=9, top_p=9, min_p=9, n=0, stop=("",), logit_bias={1: 900.0}
-        ),
+        sampling=SamplingParameters(temperature=9, top_p=9, min_p=9, n=0, stop=("",), logit_bias={1: 900.0}),
     )
     with pytest.raises(InvalidRequestError) as caught:
         check_request(metadata)

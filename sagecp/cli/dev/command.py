@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,13 +108,16 @@ def _ignore(_name: str, _line: str) -> None:
 
 
 class _Printer:
-    """Prints lines of several processes, each with its name in a colour of its own."""
+    """Prints lines of several processes, each with its name in a colour of its own; on a terminal, cut."""
 
     def __init__(self) -> None:
         self._colors: dict[str, str] = {}
+        self._width = shutil.get_terminal_size().columns - _PREFIX_WIDTH - 3 if sys.stderr.isatty() else 0
 
     def __call__(self, name: str, line: str) -> None:
         color = self._colors.setdefault(name, _PREFIX_COLORS[len(self._colors) % len(_PREFIX_COLORS)])
+        if 0 < self._width < len(line):
+            line = line[: self._width - 1] + "…"
         click.echo(f"{click.style(name.ljust(_PREFIX_WIDTH), fg=color)} | {line}", err=True)
 
 

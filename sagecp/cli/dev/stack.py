@@ -91,8 +91,7 @@ class Stack:
         for number in range(1, plan.engine_count + 1):
             name = f"engine-{number}"
             arguments = ["engine-sim", "--host", _HOST, "--port", "0", "--model", plan.model]
-            # Different seeds: real engines do not make the same answers in the same order either.
-            arguments += ["--seed", str(number), *profile, *plan.engine_options]
+            arguments += [*profile, *plan.engine_options]
             self.engines.append(Engine(name, Child(name, arguments, self._show)))
         async with asyncio.timeout(ready_timeout_s):
             try:

@@ -20,6 +20,10 @@ _HEADER_LINE = re.compile(
     rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*"
     rb"((?:[\x21-\x7e\x80-\xff](?:[\t \x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*"
 )
+_REQUEST_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_REQUEST_TARGET = re.compile(r"/[\x21-\x7e]*")
+# These say where a request ends or how the connection is used: only this module sets them.
+_OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection", "expect", "upgrade"})
 _REQUEST_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[\t \x21-\x7e\x80-\xff]*)?")
 _LENGTH = re.compile(rb"[0-9]{1,15}")
@@ -83,12 +87,15 @@ def encode_request_head(
     """Return the head of a request.
 
     Raises:
-        ValueError: A header name or value holds what HTTP does not allow there.
+        ValueError: The target, a header name or a value holds what HTTP does
+            not allow there, or a header is one that frames the message.
     """
+    if not _REQUEST_TARGET.fullmatch(target):
+        raise ValueError(f"request target {target!r} is not valid")
     lines = [f"{method} {target} HTTP/1.1", f"Host: {host}"]
     for name, value in headers.items():
-        if not _HEADER_LINE.fullmatch(f"{name}:".encode("ascii", "replace")):
-            raise ValueError(f"header name {name!r} is not valid")
+        if not _REQUEST_NAME.fullmatch(name) or name.lower() in _OWN_HEADERS:
+            raise ValueError(f"header name {name!r} is not valid here")
         if not _REQUEST_VALUE.fullmatch(value):
             raise ValueError(f"the value of header {name} holds a control or non-Latin-1 character")
         lines.append(f"{name}: {value}")
