@@ -1,9 +1,9 @@
 """A gRPC server that only sends: the floor under every figure of the control plane.
 
-    python -m bench.bare_grpc PORT
+    python -m bench.bare_grpc PORT [PACE_MS]
 
 It answers `Generate` with as many messages as the control plane sends for the
-same request, unpaced, and does nothing else.
+same request, as fast as it can or one per PACE_MS, and does nothing else.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from sagecp.v1 import inference_service_pb2_grpc, request_pb2
 
 
 class _Servicer(inference_service_pb2_grpc.InferenceServiceServicer):
+    def __init__(self, pace_s: float) -> None:
+        self._pace_s = pace_s
+
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: ANN401, N802
         await context.write(pb.GenerateResponse(opened=pb.StreamOpened(request_id="r")))
         for index in range(request.spec.sampling.max_tokens):
+            if self._pace_s:
+                await asyncio.sleep(self._pace_s)
             await context.write(
                 pb.GenerateResponse(
                     chunk=pb.TokenChunk(
@@ -36,9 +41,9 @@ class _Servicer(inference_service_pb2_grpc.InferenceServiceServicer):
         )
 
 
-async def _serve(port: int) -> None:
+async def _serve(port: int, pace_s: float) -> None:
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(_Servicer(), server)  # type: ignore[abstract]
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(_Servicer(pace_s), server)  # type: ignore[abstract]
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     stop = asyncio.Event()
@@ -48,4 +53,4 @@ async def _serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    run(_serve(int(sys.argv[1])))
+    run(_serve(int(sys.argv[1]), float(sys.argv[2]) / 1000 if len(sys.argv) > 2 else 0.0))

@@ -77,7 +77,8 @@ async def _measure(server: Measured, arguments: argparse.Namespace) -> dict[str,
         for _ in range(arguments.connections)
     ]
     stubs = [fleet_service_pb2_grpc.FleetServiceStub(channel) for channel in channels]
-    stop, starting, acknowledged = asyncio.Event(), asyncio.Semaphore(200), []
+    stop, starting = asyncio.Event(), asyncio.Semaphore(200)
+    acknowledged: list[float] = []
     async with asyncio.TaskGroup() as group:
         for number in range(arguments.streams):
             group.create_task(

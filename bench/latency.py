@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 
 from bench.processes import control_plane, machine, print_table, simulated_engine, write_json
-from bench.token_path import MODEL, _register
+from bench.token_path import MODEL, register
 from sagecp.runtime.engines.base import EngineApi, EngineCall, EngineEndpoint, EngineTimeouts
 from sagecp.runtime.engines.vllm import VllmEngineClient
 from sagecp.v1 import inference_service_pb2 as pb
@@ -72,7 +72,7 @@ async def _measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[fl
     engine_flags = ("--ttft-ms", "20", "--inter-token-ms", "10")
     results: dict[str, list[_Clock]] = {"direct": [], "sagecp": []}
     with simulated_engine(MODEL, *engine_flags) as engine, control_plane() as server:
-        await _register(server, engine)
+        await register(server, engine)
         client = VllmEngineClient(EngineEndpoint(f"http://{engine.address}"))
         async with grpc.aio.insecure_channel(server.address) as channel, asyncio.TaskGroup() as group:
             stub = inference_service_pb2_grpc.InferenceServiceStub(channel)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +71,18 @@ def simulated_engine(model: str, *flags: str) -> Iterator[Measured]:
 
 
 @contextlib.contextmanager
-def _running(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def bare_grpc(pace_ms: float) -> Iterator[Measured]:
+    """Run `bench.bare_grpc` on a free port until the context ends."""
+    port = free_port()
+    with _running(str(port), f"{pace_ms:g}", module="bench.bare_grpc") as p:
+        _wait_for_port(p, port)
+        yield Measured(p, f"127.0.0.1:{port}")
+
+
+@contextlib.contextmanager
+def _running(*arguments: str, module: str = "sagecp") -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "sagecp", *arguments], stdout=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL, start_new_session=True
     )
     try:
         yield process
@@ -91,11 +100,11 @@ def _wait_for_port(process: subprocess.Popen[bytes], port: int, timeout_s: float
     end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s:
         if process.poll() is not None:
-            raise RuntimeError(f"{process.args} exited with {process.returncode}")
+            raise RuntimeError(f"{process.args!r} exited with {process.returncode}")
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return
         time.sleep(0.05)
-    raise RuntimeError(f"{process.args} did not listen on {port} within {timeout_s:g} s")
+    raise RuntimeError(f"{process.args!r} did not listen on {port} within {timeout_s:g} s")
 
 
 def _wait_healthy(url: str, timeout_s: float = 20.0) -> None:
@@ -118,7 +127,7 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {model}, Python {sys.version.split()[0]}"
 
 
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print an aligned table, Markdown as well as readable."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for index, row in enumerate([header, *rows]):

@@ -270,7 +270,9 @@ class EngineProbe:
                     self._session.post(
                         self._url + path,
                         json={"request_ids": wanted},
-                        headers=self._authorization,
+                        # One of several API servers behind a port knows only its own requests:
+                        # a new connection each time, so that asking again reaches another.
+                        headers={**self._authorization, "Connection": "close"},
                         allow_redirects=False,
                     ) as response,
                 ):

@@ -140,10 +140,10 @@ class MetricsParser:
         if not (value >= 0 and math.isfinite(value)):
             return
         labels: dict[bytes, bytes] = dict(_LABEL.findall(match[1])) if match[1] else {}
+        if b"engine" in labels:
+            self._ranks.add(labels[b"engine"])
         if name in {_RUNNING, _WAITING}:
             self._add("running" if name == _RUNNING else "waiting", value)
-            if b"engine" in labels:
-                self._ranks.add(labels[b"engine"])
         elif name in {_USAGE, _OLD_USAGE}:
             # Rounding may take it above 1, which no cache is.
             self._usages.append(min(value, 1.0))

@@ -180,7 +180,7 @@ class EngineWatch:
     async def _abort(self, request_ids: list[str]) -> None:
         trouble = await self._probe.abort(request_ids)
         if not trouble:
-            self._logger.info("aborted requests that the engine should not run", request_ids=request_ids)
+            self._logger.info("asked the engine to abort requests", request_ids=request_ids)
         elif trouble != self._abort_trouble:
             self._logger.warning("cannot abort requests", reason=trouble, request_ids=request_ids)
         self._abort_trouble = trouble

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
+
+from sagecp.cli.exit_codes import ExitCode
+from sagecp.cli.failures import CliError
+from sagecp.cli.options import DURATION, PAIR, debug_option
 
 _EPILOG = """\b
 Exit codes: 0 stopped by a signal; 2 bad usage, or refused as invalid;
@@ -15,18 +21,6 @@ Examples:
   sagecp agent --engine http://127.0.0.1:8000 --advertise http://gpu7:8000 \\
       --control-plane cp.example.com:50051 --ca-cert ca.pem --cert gpu7.pem --key gpu7.key
 """
-
-
-def _parse_labels(
-    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
-) -> dict[str, str]:
-    labels: dict[str, str] = {}
-    for text in values:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise click.BadParameter(f"{text!r} is not KEY=VALUE")
-        labels[key] = value
-    return labels
 
 
 def _parse_gpus(
@@ -86,31 +80,29 @@ def _parse_gpus(
     metavar="LIST",
     help="The engine's GPUs, by index in PCI order or UUID: 0,1.  [default: CUDA_VISIBLE_DEVICES, else all]",
 )
-@click.option(
-    "--label", "labels", multiple=True, callback=_parse_labels, metavar="K=V", help="Free label; repeatable."
-)
+@click.option("--label", "labels", type=PAIR, multiple=True, metavar="K=V", help="Free label; repeatable.")
 @click.option("--usd-per-gpu-hour", type=float, metavar="USD", help="Price of one GPU.")
 @click.option(
     "--interval",
     "interval_s",
-    type=float,
-    metavar="S",
-    help="Seconds between heartbeats.  [default: what the control plane asks for]",
+    type=DURATION,
+    metavar="T",
+    help="Between heartbeats: 500ms, 5s.  [default: what the control plane asks for]",
 )
 @click.option(
     "--engine-timeout",
     "engine_timeout_s",
-    type=float,
+    type=DURATION,
     default=0.0,
-    metavar="S",
+    metavar="T",
     help="Give up on an engine that is not ready.  [default: 0, wait for ever]",
 )
 @click.option(
     "--connect-timeout",
     "connect_timeout_s",
-    type=float,
+    type=DURATION,
     default=0.0,
-    metavar="S",
+    metavar="T",
     help="Give up if the first registration does not succeed.  [default: 0, try for ever]",
 )
 @click.option("--once", is_flag=True, help="Register, send one heartbeat and leave: checks the set-up.")
@@ -136,29 +128,25 @@ def _parse_gpus(
 @click.option(
     "--log-format", type=click.Choice(["auto", "json", "console"]), default="auto", show_default=True
 )
-@click.pass_context
-def agent(context: click.Context, /, log_level: str, log_format: str, **settings: object) -> None:
+@debug_option
+def agent(log_level: str, log_format: str, labels: tuple[tuple[str, str], ...], **settings: Any) -> int:  # noqa: ANN401 - see AgentConfig
     """Register a vLLM server at the control plane and keep its heart beating.
 
     Waits for the engine, finds out what it serves, reports its metrics and GPUs,
     reconnects by itself, and takes the instance out of the fleet on SIGTERM.
     """
-    try:
-        from sagecp.agent.config import AgentConfig
-        from sagecp.agent.daemon import run_agent
-        from sagecp.log import configure_logging
-    except ImportError as error:
-        raise click.UsageError(
-            f"the agent needs {error.name}, which is not installed: pip install 'sagecp[agent]'"
-        ) from None
+    from sagecp.agent.config import AgentConfig
+    from sagecp.agent.daemon import run_agent
     from sagecp.core.errors import InvalidRequestError
+    from sagecp.log import configure_logging
     from sagecp.runtime.event_loop import run
 
     try:
-        config = AgentConfig(**settings).validate()  # type: ignore[arg-type]  # click made the types
+        config = AgentConfig(labels=dict(labels), **settings).validate()
     except InvalidRequestError as error:
-        lines = "\n  ".join(f"{violation.field} {violation.description}" for violation in error.violations)
-        raise click.UsageError(lines) from None
+        lines = [f"{violation.field} {violation.description}" for violation in error.violations]
+        text = lines[0] if len(lines) == 1 else "\n  ".join(["these do not work:", *lines])
+        raise CliError(text, hint="sagecp agent --help", exit_code=ExitCode.INVALID) from None
     configure_logging(log_level, log_format)
 
     async def main() -> int:
@@ -179,6 +167,6 @@ def agent(context: click.Context, /, log_level: str, log_format: str, **settings
         try:
             return await task
         except asyncio.CancelledError:
-            return 130
+            return ExitCode.INTERRUPTED
 
-    context.exit(run(main()))
+    return run(main())

@@ -116,7 +116,10 @@ def _unavailable(error: Any, server: str) -> CliError:  # noqa: ANN401 - an Unav
         hint = "the host name is not known; check --server"
     # The core's text goes through every address; its end says why.
     why = re.sub(
-        r"^.*(?:last error: |connect: |Failed to connect to remote host: )", "", error.message, flags=re.S
+        r"^.*(?:last error: |connect: |Failed to connect to remote host: )",
+        "",
+        error.message,
+        flags=re.DOTALL,
     )
     why = re.sub(r"^(?:UNKNOWN|UNAVAILABLE): ", "", why)
     return CliError(

@@ -120,7 +120,7 @@ def _all_violations(found: Sequence[FieldViolation], options: dict[str, Any]) ->
     from sagecp.core.types import RequestMetadata, SamplingParameters
     from sagecp.core.validation import request_violations
 
-    numbers = {
+    numbers: dict[str, Any] = {
         name: value
         for name, value in options.items()
         if name in SamplingParameters.__dataclass_fields__ and isinstance(value, (int, float))

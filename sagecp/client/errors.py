@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from sagecp.core.errors import ErrorReason, FieldViolation
@@ -243,6 +244,6 @@ def _details(
                     detail = kind()
                     holder.Unpack(detail)
                     found.append(detail)
-    except ValueError:  # google.protobuf.message.DecodeError: from something else than our server
+    except DecodeError:  # From something else than our server.
         return []
     return found

@@ -20,6 +20,9 @@ from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, 
 # Work is held back while the KV cache is this full: the last percents cost preemptions.
 KEY_VALUE_USAGE_LIMIT = 0.97
 LATENCY_SMOOTHING = 0.1
+# Instances are compared by a request of this length: what they happened to be
+# asked says nothing about their speed.
+REFERENCE_OUTPUT_TOKEN_COUNT = 100
 
 
 class InstanceRecord:
@@ -67,6 +70,7 @@ class InstanceRecord:
         self.spare_token_count = math.inf
         self.latency_estimate_s: float | None = None
         self.ttft_estimate_s: float | None = None
+        self.tpot_estimate_s: float | None = None
         self.last_dispatch_sequence = 0
         self.completed_request_count = 0
         self.failed_attempt_count = 0
@@ -141,15 +145,28 @@ class InstanceRecord:
         self.drain = previous.drain
         self.latency_estimate_s = previous.latency_estimate_s
         self.ttft_estimate_s = previous.ttft_estimate_s
+        self.tpot_estimate_s = previous.tpot_estimate_s
         self.last_dispatch_sequence = previous.last_dispatch_sequence
         self.completed_request_count = previous.completed_request_count
         self.failed_attempt_count = previous.failed_attempt_count
 
-    def learn(self, latency_s: float, ttft_s: float | None) -> None:
-        """Take one completed request into the estimates (exponentially weighted means)."""
-        self.latency_estimate_s = _smooth(self.latency_estimate_s, latency_s)
-        if ttft_s is not None:
-            self.ttft_estimate_s = _smooth(self.ttft_estimate_s, ttft_s)
+    def learn(self, latency_s: float, ttft_s: float | None, output_token_count: float) -> None:
+        """Take one completed request into the estimates (exponentially weighted means).
+
+        Args:
+            latency_s: From dispatch to the end.
+            ttft_s: From dispatch to the first token; ``None``: there was none.
+            output_token_count: Per choice, where there were several.
+        """
+        if ttft_s is None:
+            return
+        self.ttft_estimate_s = _smooth(self.ttft_estimate_s, ttft_s)
+        if output_token_count > 1:
+            tpot_s = (latency_s - ttft_s) / (output_token_count - 1)
+            self.tpot_estimate_s = _smooth(self.tpot_estimate_s, tpot_s)
+        if self.tpot_estimate_s is not None:
+            rest_s = (REFERENCE_OUTPUT_TOKEN_COUNT - 1) * self.tpot_estimate_s
+            self.latency_estimate_s = self.ttft_estimate_s + rest_s
 
     def follow_gauges(self, gauges: EngineGauges | None) -> None:
         """Take the engine's report, and adjust the limit to what it shows.

@@ -190,7 +190,8 @@ class Scheduler:
         if instance is not None and record.dispatch_s is not None:
             instance.completed_request_count += 1
             ttft_s = None if record.first_token_s is None else record.first_token_s - record.dispatch_s
-            instance.learn(now - record.dispatch_s, ttft_s)
+            tokens_per_choice = event.output_token_count / record.metadata.choice_count
+            instance.learn(now - record.dispatch_s, ttft_s, tokens_per_choice)
         self._note_completion(now)
         self._end(record, RequestState.SUCCEEDED, None, effects, attempt_over=True)
 

@@ -139,10 +139,12 @@ class ControlLoop:
             elif isinstance(effect, fx.RequestRequeued):
                 handle = self.requests.get(effect.record.request_id)
                 handle.end_attempt(now, effect.failure)
+                # The core's record may show the next attempt already.
+                lost = handle.attempts[-1]
                 self.monitor.fault(
-                    f"attempt {effect.record.epoch} was lost: {effect.failure.message}",
-                    instance_id=effect.record.instance_id,
-                    request_id=effect.record.request_id,
+                    f"attempt {lost.epoch} was lost: {effect.failure.message}",
+                    instance_id=lost.instance_id,
+                    request_id=handle.request_id,
                 )
             elif isinstance(effect, fx.InstanceChanged):
                 self._on_instance_changed(effect)

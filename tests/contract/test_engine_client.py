@@ -63,7 +63,10 @@ def on_every_client_and_loop(test: CoroutineTest) -> Callable[..., None]:
     own = list(inspect.signature(test).parameters.values())[1:]
     added = inspect.Parameter("client_name", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     vars(with_client)["__signature__"] = inspect.Signature([added, *own])
-    return pytest.mark.parametrize("client_name", CLIENTS)(on_both_loops(with_client))
+    parametrized: Callable[..., None] = pytest.mark.parametrize("client_name", CLIENTS)(
+        on_both_loops(with_client)
+    )
+    return parametrized
 
 
 class Sink:

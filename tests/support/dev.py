@@ -1,21 +1,32 @@
-"""`sagecp dev` as a test sees it: a whole control plane on this machine, with simulated engines."""
+"""`sagecp dev` and `sagecp engine-sim` as a test sees them: as programs."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
-from tests.support.processes import SAGECP, Program
+from tests.support.processes import SAGECP, Program, eventually
 
 
 @contextlib.contextmanager
 def dev_server(*options: str) -> Iterator[str]:
-    """Run `sagecp dev` and yield the address of its control plane once it is ready for requests."""
-    program = Program("sagecp dev", [SAGECP, "dev", "--port", "0", *options])
-    try:
-        yield program.wait_for_line(r"ready.*?(127\.0\.0\.1:[1-9]\d*)", 60)[1]
-    finally:
-        status = program.stop()
+    """Run `sagecp dev` and yield the address of its control plane once everything is ready."""
+    with tempfile.TemporaryDirectory() as folder:
+        ready_file = Path(folder, "ready.json")
+        program = Program("sagecp dev", [SAGECP, "dev", "--port", "0", "--ready-file", ready_file, *options])
+
+        def is_ready() -> bool:
+            assert program.process.poll() is None, f"sagecp dev ended:\n{program.tail()}"
+            return ready_file.exists()
+
+        try:
+            eventually(is_ready, bool, timeout_s=90)
+            yield str(json.loads(ready_file.read_text())["control_plane"])
+        finally:
+            status = program.stop()
     assert status == 0, f"sagecp dev ended with {status}:\n{program.tail()}"
     assert "Traceback" not in program.output
 

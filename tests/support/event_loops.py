@@ -45,4 +45,5 @@ def on_both_loops(test: CoroutineTest) -> Callable[..., None]:
     own = inspect.signature(test).parameters.values()
     added = inspect.Parameter("loop_name", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     vars(wrapper)["__signature__"] = inspect.Signature([added, *own])
-    return wrapper
+    parametrized: Callable[..., None] = wrapper
+    return parametrized

@@ -26,7 +26,7 @@ from sagecp.v1 import (
     instance_pb2,
     request_pb2,
 )
-from tests.support.scripted_engine import ScriptedEngine, ScriptedFleet
+from tests.support.scripted_client import ScriptedEngine, ScriptedFleet
 from tests.support.waiting import until
 
 DetailT = TypeVar("DetailT", bound=Message)

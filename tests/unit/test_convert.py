@@ -192,12 +192,10 @@ def test_zero_is_not_absent(field: str, value: Any) -> None:
     assert getattr(request_from_proto(spec, "").sampling, field) == value
 
 
-@given(st.floats(0, 2, width=32))
-def test_single_precision_numbers_are_what_the_user_wrote(number: float) -> None:
-    # What a user types has few digits; the wire adds noise behind the seventh.
-    typed = float(f"{number:.5g}")
-    if typed > 2:
-        return
+@given(st.integers(0, 200_000))
+def test_single_precision_numbers_are_what_the_user_wrote(number: int) -> None:
+    # 0.7 arrives as 0.699999988; an engine that sees that would not reproduce what 0.7 gave.
+    typed = number / 100_000
     spec = text_spec(sampling=request_pb2.SamplingParameters(temperature=typed))
     assert request_from_proto(spec, "").sampling.temperature == typed
 
@@ -481,7 +479,7 @@ def test_what_is_unknown_is_absent() -> None:
         "failure",
         "queue_position",
     ):
-        assert not message.HasField(name)  # type: ignore[arg-type]
+        assert not message.HasField(name)
     assert not message.usage.HasField("prompt_token_count")
     assert not message.usage.HasField("cached_prompt_token_count")
 
@@ -557,7 +555,7 @@ def test_an_instance_as_an_operator_sees_it() -> None:
     record = InstanceRecord(ExecutionInstance(instance_id="i", host="h", port=1, model_name="m"), 7, 1.0, 256)
     message = instance_to_proto(record, 1000.0)
     for name in ("engine", "heartbeat_time", "lease_expire_time", "mean_ttft"):
-        assert not message.HasField(name)  # type: ignore[arg-type]
+        assert not message.HasField(name)
     assert message.register_time.seconds == 1001
     assert message.max_concurrent_request_count == 256
     record.heartbeat_s, record.lease_expire_s, record.ttft_estimate_s = 2.0, 3.0, 0.5
@@ -676,7 +674,7 @@ def test_a_gauge_out_of_range_is_refused(usage: float) -> None:
 
 def test_a_gpu_reading_that_is_no_number_is_refused() -> None:
     gpu = instance_pb2.GpuReading(utilization=float("nan"))
-    with pytest.raises(InvalidRequestError, match="gpus.utilization"):
+    with pytest.raises(InvalidRequestError, match=r"gpus\.utilization"):
         heartbeat_from_proto(fleet_service_pb2.HeartbeatRequest(instance_id="i", gpus=[gpu]))
 
 
@@ -720,7 +718,7 @@ def test_metrics_are_shown_whole() -> None:
         "used_gpu_memory_gib",
         "slo_compliance_rate",
     ):
-        assert not empty.HasField(name)  # type: ignore[arg-type]
+        assert not empty.HasField(name)
 
 
 def test_the_state_of_the_control_plane_is_shown_whole() -> None:

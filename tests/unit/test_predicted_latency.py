@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pytest
+
+from sagecp.core.fleet import InstanceRecord
 from sagecp.core.router.balancers.predicted_latency import NEGLECTED_DISPATCH_COUNT, PredictedLatencyBalancer
+from sagecp.core.types import ExecutionInstance
 
 
 @dataclass
@@ -65,3 +69,15 @@ def test_an_instance_that_looked_slow_is_measured_again() -> None:
         views[best].last_dispatch_sequence = sequence
         chosen.append(best)
     assert 1 <= chosen.count(1) <= 3, "now and then, and no more"
+
+
+def test_an_instance_is_rated_by_its_speed_and_not_by_the_length_of_what_it_was_asked() -> None:
+    spec = ExecutionInstance(instance_id="one", host="localhost", port=8000, model_name="m")
+    short, long, idle = (InstanceRecord(spec, 1, 0.0, 16) for _ in range(3))
+    short.learn(latency_s=0.1 + 9 * 0.01, ttft_s=0.1, output_token_count=10)
+    long.learn(latency_s=0.1 + 999 * 0.01, ttft_s=0.1, output_token_count=1000)
+    assert short.latency_estimate_s == pytest.approx(long.latency_estimate_s)
+    assert short.latency_estimate_s == pytest.approx(0.1 + 99 * 0.01)
+    # One token tells nothing about the time between tokens.
+    idle.learn(latency_s=0.1, ttft_s=0.1, output_token_count=1)
+    assert idle.latency_estimate_s is None

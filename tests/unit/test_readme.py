@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sagecp.cli.exit_codes import MEANINGS
 from sagecp.config import EngineConfig, RuntimeConfig, ServerConfig, TlsConfig, load_config
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
@@ -55,7 +56,8 @@ def test_commands_exist(page: Path) -> None:
     from sagecp.cli.main import main  # imports the whole command line
 
     text = page.read_text(encoding="utf-8")
-    code = [block.text for block in blocks_of(page)] + re.findall(r"`([^`\n]+)`", text)
+    code = [block.text for block in blocks_of(page) if block.language in {"", "sh"}]
+    code += re.findall(r"`([^`\n]+)`", text)
     named = {name for piece in code for name in re.findall(r"(?:^|\s|\(|/bin/)sagecp ([a-z][a-z-]*)", piece)}
     import click
 
@@ -69,6 +71,11 @@ def test_the_limits_are_the_present_ones() -> None:
     for registry in (SCHEDULING_POLICIES, ROUTING_STRATEGIES, LOAD_BALANCERS):
         for name in registry.names:
             assert f"`{name}`" in section, f"the README does not say that {name} exists"
+
+
+def test_the_exit_codes_are_the_real_ones() -> None:
+    for code, meaning in MEANINGS.items():
+        assert f"| {code.value} | {meaning} |" in README
 
 
 def test_the_readme_runs_something() -> None:

@@ -52,19 +52,32 @@ INSTANCE = st.fixed_dictionaries(
 CONDITION = st.sampled_from([*[EngineCondition.HEALTHY] * 4, *EngineCondition])
 REQUEST_IDS = [f"r{number}" for number in range(150)]
 CHOICE = st.integers(0, 11)
-Move = str | tuple[Failure, bool, bool]
-MOVE: st.SearchStrategy[Move] = st.one_of(
-    st.sampled_from(["progress", "succeed", "succeed"]),
-    st.tuples(
-        st.sampled_from([LOST_CONNECTION, ENGINE_FAILED, REJECTED]),
-        st.sampled_from([True, True, True, False]),  # retryable
-        st.sampled_from([False, False, True]),  # engine down
-    ),
-)
 QUEUE_TIMEOUT_S = 20.0
 LEASE_S = 6.0
 RETENTION_S = 15.0
 MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Move:
+    """What happens to an attempt."""
+
+    kind: str
+    failure: Failure = ENGINE_FAILED
+    retryable: bool = True
+    engine_down: bool = False
+
+
+MOVE = st.one_of(
+    st.builds(Move, st.sampled_from(["progress", "succeed", "succeed"])),
+    st.builds(
+        Move,
+        st.just("fail"),
+        st.sampled_from([LOST_CONNECTION, ENGINE_FAILED, REJECTED]),
+        st.sampled_from([True, True, True, False]),
+        st.sampled_from([False, False, True]),
+    ),
+)
 
 
 @dataclass
@@ -336,17 +349,19 @@ class SchedulerMachine(RuleBasedStateMachine):
                 return
             request_id = pick(running, choice)
             live = self.live[request_id]
-            if move == "progress":
+            if move.kind == "progress":
                 assert not self.feed(ev.AttemptProgressed(request_id, live.epoch))
                 live.delivered = True
                 assert live.record.state is RequestState.RUNNING
-            elif move == "succeed":
+            elif move.kind == "succeed":
                 self.feed(ev.AttemptSucceeded(request_id, live.epoch, 16))
                 assert request_id not in self.live
             else:
-                failure, retryable, engine_down = move
-                self.feed(ev.AttemptFailed(request_id, live.epoch, failure, retryable, engine_down))
-                assert request_id not in self.live or retryable
+                event = ev.AttemptFailed(
+                    request_id, live.epoch, move.failure, move.retryable, move.engine_down
+                )
+                self.feed(event)
+                assert request_id not in self.live or move.retryable
 
     @precondition(lambda self: self.live)
     @rule(
@@ -661,12 +676,16 @@ def test_long_busy_life(seed: int) -> None:
         }
 
     def condition() -> EngineCondition:
-        return draw.choice([*[EngineCondition.HEALTHY] * 12, *EngineCondition])
+        conditions = [*[EngineCondition.HEALTHY] * 12, *EngineCondition]
+        return draw.choice(conditions)
 
     def move() -> Move:
-        failure = draw.choice([LOST_CONNECTION, ENGINE_FAILED, REJECTED])
-        lost = (failure, draw.random() < 0.8, draw.random() < 0.2)
-        return draw.choice(["progress", "succeed", "succeed", lost, lost])
+        return Move(
+            draw.choice(["progress", "succeed", "succeed", "fail", "fail"]),
+            draw.choice([LOST_CONNECTION, ENGINE_FAILED, REJECTED]),
+            retryable=draw.random() < 0.8,
+            engine_down=draw.random() < 0.2,
+        )
 
     def arrive() -> None:
         machine.arrive(
@@ -708,15 +727,17 @@ def test_long_busy_life(seed: int) -> None:
         known = machine.scheduler.fleet.find(instance_id)
         incarnation = max(0, (known.incarnation if known else 1) + draw.choice([-1, 0, 1, 1]))
         machine.register(instance_id, incarnation, kind(), condition())
-        machine.probe_or_drain(
-            draw.choice(INSTANCE_IDS), draw.choice([condition(), condition(), True, True, True, False])
-        )
+        machine.probe_or_drain(draw.choice(INSTANCE_IDS), condition())
         if len(machine.states) > 2:
             machine.deregister(draw.randrange(12), draw.choice([0, 1]))
 
     def time_passes() -> None:
         jump_s = draw.choice([0.001, 0.1, 0.5, 2.0, 7.0, 25.0])
         machine.time_passes(jump_s, alive=draw.random() < 0.9, tell=draw.random() < 0.7)
+
+    def drain() -> None:
+        machine.probe_or_drain(draw.choice(INSTANCE_IDS), False)
+        attempts_move()
 
     def repair() -> None:
         for instance in list(machine.scheduler.fleet):
@@ -732,7 +753,17 @@ def test_long_busy_life(seed: int) -> None:
             draw.choice(LOAD_BALANCERS.names),
         )
 
-    steps = [arrive, attempts_move, heartbeat, time_passes, repair, fleet_changes, live_only, configure]
+    steps = [
+        arrive,
+        attempts_move,
+        heartbeat,
+        time_passes,
+        drain,
+        repair,
+        fleet_changes,
+        live_only,
+        configure,
+    ]
     machine.begin(
         draw.choice(SCHEDULING_POLICIES.names),
         draw.choice(ROUTING_STRATEGIES.names),
@@ -742,7 +773,7 @@ def test_long_busy_life(seed: int) -> None:
         fleet=[(kind(), EngineCondition.HEALTHY) for _ in INSTANCE_IDS],
     )
     for _ in range(600):
-        draw.choices(steps, weights=[8, 14, 6, 4, 4, 1, 1, 1])[0]()
+        draw.choices(steps, weights=[8, 14, 6, 4, 2, 4, 1, 1, 1])[0]()
         machine.requests_are_accounted_for()
         machine.work_is_accounted_for_where_it_runs()
         machine.indexes_agree_with_the_records()

@@ -39,7 +39,7 @@ class InstanceView(Protocol):
 
     @property
     def latency_estimate_s(self) -> float | None:
-        """Learned mean latency of one request there; ``None`` before the first."""
+        """Learned latency of a request of a fixed length there; ``None`` before the first."""
 
     @property
     def last_dispatch_sequence(self) -> int:

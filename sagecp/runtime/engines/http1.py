@@ -7,6 +7,7 @@ engine's address is configuration, and anything that leads elsewhere is a fault.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,14 @@ from sagecp.runtime.engines.http1_wire import (
 )
 
 T = TypeVar("T")
+
+
+@functools.cache
+def _default_ssl_context() -> ssl.SSLContext:
+    """Return the context that trusts what the system trusts; loading that takes tens of milliseconds."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 class HttpTimeoutError(HttpError):
@@ -142,8 +151,7 @@ class HttpClient:
         self._headers = dict(headers or {})
         encode_request_head("GET", "/", self._host_header, self._headers, None)
         if secure and ssl_context is None:
-            ssl_context = ssl.create_default_context()
-            ssl_context.set_alpn_protocols(["http/1.1"])
+            ssl_context = _default_ssl_context()
         self.pool = ConnectionPool(
             url.hostname,
             port if port is not None else (443 if secure else 80),

@@ -30,6 +30,8 @@ T = TypeVar("T")
 READ_BUFFER_BYTES = 64 << 10
 # Bodies up to this size are joined with the head, to leave in one segment.
 _JOINED_BODY_BYTES = 64 << 10
+# Sockets that are closed at once report it in the loop's next turn.
+_CLOSE_TIMEOUT_S = 1.0
 
 
 class HttpConnectError(HttpError):
@@ -429,5 +431,5 @@ class ConnectionPool:
         if self._closing:
             if self._all_lost is None or self._all_lost.done():
                 self._all_lost = asyncio.get_running_loop().create_future()
-            # Shielded: several may wait, and one that is cancelled must not stop the others.
-            await asyncio.shield(self._all_lost)
+            # Bounded, and without cancelling the future: several may wait for it.
+            await asyncio.wait({self._all_lost}, timeout=_CLOSE_TIMEOUT_S)

@@ -248,7 +248,7 @@ _KNOWN_SIZES: dict[bytes, int] = {}
 _MAX_KNOWN_SIZES = 4096
 _MAX_CHUNK_LINE_BYTES = 1024
 
-_AT_SIZE, _IN_DATA, _AFTER_DATA, _IN_TRAILERS, _ENDED = range(5)
+_AT_SIZE, _IN_DATA, _AFTER_DATA, _IN_TRAILERS = range(4)
 
 
 class ChunkedDecoder:
@@ -275,45 +275,44 @@ class ChunkedDecoder:
         """See :class:`BodyDecoder`."""
         if self._partial:
             # Rare: a read ended inside the framing, which is a few bytes long.
-            data = self._partial + data[start:]
             shift = start - len(self._partial)
-            self._partial = b""
-            stop = self._feed(data, 0, sink)
+            data, self._partial = self._partial + data[start:], b""
+            stop = self.feed(data, 0, sink)
             return stop if stop < 0 else stop + shift
-        return self._feed(data, start, sink)
-
-    def _feed(self, data: bytes, position: int, sink: BodySink) -> int:
-        end = len(data)
+        position, end = start, len(data)
+        max_chunk_bytes = self._limits.max_chunk_bytes
+        state = self._state
+        # A sink that raises leaves the state behind; nothing is fed after that.
         while position < end:
-            state = self._state
             if state == _AT_SIZE:
                 line_end = data.find(b"\r\n", position)
                 if line_end < 0:
                     self._keep(data, position, _MAX_CHUNK_LINE_BYTES)
-                    return -1
+                    break
                 line = data[position:line_end]
                 size = _KNOWN_SIZES.get(line)
                 if size is None:
                     size = _parse_chunk_line(line)
+                if size > max_chunk_bytes:
+                    raise HttpProtocolError(f"a chunk exceeds {max_chunk_bytes} bytes")
                 position = line_end + 2
                 chunk_end = position + size
-                if size > self._limits.max_chunk_bytes:
-                    raise HttpProtocolError(f"a chunk exceeds {self._limits.max_chunk_bytes} bytes")
                 if size == 0:
-                    self._state = _IN_TRAILERS
+                    state = _IN_TRAILERS
                 elif chunk_end + 2 <= end:
+                    # Nearly always: the whole chunk came in one read.
                     if data[chunk_end] != 0x0D or data[chunk_end + 1] != 0x0A:
                         raise HttpProtocolError("a chunk is not followed by a line end")
                     sink(data, position, chunk_end)
                     position = chunk_end + 2
                 else:
-                    self._state = _IN_DATA
+                    state = _IN_DATA
                     self._remaining_bytes = size
             elif state == _IN_DATA:
                 stop = min(end, position + self._remaining_bytes)
                 self._remaining_bytes -= stop - position
                 if self._remaining_bytes == 0:
-                    self._state = _AFTER_DATA
+                    state = _AFTER_DATA
                 sink(data, position, stop)
                 position = stop
             elif state == _AFTER_DATA:
@@ -321,25 +320,23 @@ class ChunkedDecoder:
                     raise HttpProtocolError("a chunk is not followed by a line end")
                 if position + 2 > end:
                     self._keep(data, position, 2)
-                    return -1
+                    break
                 position += 2
-                self._state = _AT_SIZE
+                state = _AT_SIZE
             elif state == _IN_TRAILERS:
                 line_end = data.find(b"\r\n", position)
                 if line_end < 0:
                     self._keep(data, position, self._limits.max_head_bytes)
-                    return -1
+                    break
                 self._trailer_bytes += line_end + 2 - position
                 if self._trailer_bytes > self._limits.max_head_bytes:
                     raise HttpProtocolError(f"the trailers exceed {self._limits.max_head_bytes} bytes")
                 if line_end == position:
-                    self._state = _ENDED
                     return line_end + 2
                 if not _HEADER_LINE.fullmatch(data, position, line_end):
                     raise HttpProtocolError("the answer holds a malformed trailer line")
                 position = line_end + 2
-            else:
-                return position
+        self._state = state
         return -1
 
     def _keep(self, data: bytes, position: int, max_bytes: int) -> None:

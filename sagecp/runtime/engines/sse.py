@@ -9,7 +9,6 @@ damage shows instead of being skipped:
   event.
 * Lines that start with a colon are comments. ``event``, ``id`` and ``retry``
   are accepted and ignored. Any other field is an error.
-* A byte order mark is accepted at the very start.
 * An event that the stream's end cuts off is dropped.
 """
 
@@ -18,9 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 MAX_EVENT_BYTES = 16 << 20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _IGNORED_FIELDS = frozenset({b"event", b"id", b"retry"})
-_LF = 0x0A
+_LF, _CR = 0x0A, 0x0D
 
 
 class SseError(Exception):
@@ -38,7 +36,7 @@ class SseSplitter:
         max_event_bytes: Largest event, and largest line, that is accepted.
     """
 
-    __slots__ = ("_at_start", "_data", "_data_bytes", "_max_event_bytes", "_on_event", "_partial")
+    __slots__ = ("_data", "_data_bytes", "_max_event_bytes", "_on_event", "_partial")
 
     def __init__(self, on_event: Callable[[bytes], None], max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._on_event = on_event
@@ -46,7 +44,6 @@ class SseSplitter:
         self._partial = bytearray()  # A line whose end has not come yet.
         self._data: list[bytes] = []  # Data lines of an event whose end has not come yet.
         self._data_bytes = 0
-        self._at_start = True
 
     @property
     def in_event(self) -> bool:
@@ -64,27 +61,24 @@ class SseSplitter:
         """
         if self._partial:
             start = self._finish_partial_line(data, start, stop)
+        elif (
+            not self._data
+            and data.find(b"\n", start, stop) == stop - 2
+            and data[stop - 1] == _LF
+            and data[stop - 3] != _CR
+            and data.startswith(b"data: ", start)
+            and stop - start <= self._max_event_bytes
+        ):
+            # Nearly always: one event of one line.
+            self._on_event(data[start + 6 : stop - 2])
+            return
         while start < stop:
             line_end = data.find(b"\n", start, stop)
             if line_end < 0:
                 self._keep(data[start:stop])
                 return
-            following = line_end + 1
-            if (
-                following < stop
-                and data[following] == _LF
-                and not self._data
-                and data.startswith(b"data: ", start, line_end)
-                and data[line_end - 1] != 0x0D
-            ):
-                if following - start > self._max_event_bytes:
-                    raise self._too_large()
-                self._at_start = False
-                self._on_event(data[start + 6 : line_end])
-                start = following + 1
-            else:
-                self._take_line(data[start:line_end])
-                start = following
+            self._take_line(data[start:line_end])
+            start = line_end + 1
 
     def _finish_partial_line(self, data: bytes, start: int, stop: int) -> int:
         """Join what was kept with the rest of its line; return where the next line starts."""
@@ -106,9 +100,6 @@ class SseSplitter:
     def _take_line(self, line: bytes) -> None:
         if len(line) + self._data_bytes > self._max_event_bytes:
             raise self._too_large()
-        if self._at_start:
-            self._at_start = False
-            line = line.removeprefix(_BYTE_ORDER_MARK)
         line = line.removesuffix(b"\r")
         if not line:
             if self._data:

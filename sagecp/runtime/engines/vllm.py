@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 
 from sagecp.runtime.engines.base import (
     EngineCall,
@@ -109,8 +110,7 @@ class VllmEngineClient:
 
     async def health(self, timeout_s: float) -> EngineHealth:
         """Ask ``/health``; an engine that is down is an answer, too."""
-        loop = asyncio.get_running_loop()
-        start_s = loop.time()
+        start_s = time.monotonic()  # The event loop's own clock may tick in milliseconds.
         detail = ""
         try:
             response = await self._http.get("/health", timeout_s=timeout_s)
@@ -118,7 +118,7 @@ class VllmEngineClient:
                 detail = f"/health answered HTTP {response.status}"
         except HttpError as error:
             detail = str(error)
-        return EngineHealth(healthy=not detail, latency_s=loop.time() - start_s, detail=detail)
+        return EngineHealth(healthy=not detail, latency_s=time.monotonic() - start_s, detail=detail)
 
     async def close(self) -> None:
         """Close every connection. Idempotent; calls in progress fail."""

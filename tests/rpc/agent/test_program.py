@@ -20,7 +20,8 @@ async def launch(*arguments: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
-        "from sagecp.cli.agent import agent; agent(prog_name='sagecp agent')",
+        "from sagecp.cli.main import main; main()",
+        "agent",
         *arguments,
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,

@@ -1,0 +1,36 @@
+"""Every benchmark, one after the other: `python -m bench [--quick]` (about ten minutes, or two)."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+_RUNS: dict[str, tuple[list[str], list[str]]] = {
+    # Module: arguments of a full run, of a quick one.
+    "decision": ([], ["--quick"]),
+    "engine_client": ([], ["--rounds", "1"]),
+    "token_path": ([], ["--rounds", "1", "--seconds", "2"]),
+    "latency": ([], ["--seconds", "10"]),
+    "heartbeats": ([], ["--streams", "1000", "--connections", "10", "--seconds", "5"]),
+}
+
+
+def main() -> int:
+    """Run them; return 1 if any failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: to see that they run")
+    quick = parser.parse_args().quick
+    failed = []
+    for name, (full_arguments, quick_arguments) in _RUNS.items():
+        arguments = quick_arguments if quick else full_arguments
+        print(f"\n## python -m bench.{name} {' '.join(arguments)}", flush=True)
+        if subprocess.run([sys.executable, "-m", f"bench.{name}", *arguments], check=False).returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
