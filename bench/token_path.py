@@ -57,7 +57,7 @@ class _Figures:
     rate: list[float] = field(default_factory=list)
 
 
-async def _stream(call: Any, request: bytes, deadline_s: float, counts: list[int]) -> None:
+async def _stream(call: Any, request: bytes, deadline_s: float, counts: list[int]) -> None:  # noqa: ANN401
     while time.monotonic() < deadline_s:
         last = b""
         async for message in call(request):

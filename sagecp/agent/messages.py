@@ -47,6 +47,7 @@ def spec_to_proto(
         engine_url=config.advertised.url,
         model_name=facts.model_name,
         model_aliases=facts.model_aliases,
+        engine_api_key=config.engine_api_key,
         parallel_sizes=parallelism_pb2.ParallelSizes(
             tensor_parallel_size=tensor,
             pipeline_parallel_size=pipeline,

@@ -112,7 +112,7 @@ class FleetServiceServicer(object):
         is acknowledged. Beats are level-triggered: each says what is, and a
         reconnecting agent says everything again. One stream may carry the beats of
         all engines of a host. A beat for an instance that is not registered ends
-        the stream with FAILED_PRECONDITION (INSTANCE_NOT_FOUND): register again.
+        the stream with NOT_FOUND (INSTANCE_NOT_FOUND): register again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

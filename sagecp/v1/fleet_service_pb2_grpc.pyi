@@ -50,7 +50,7 @@ class FleetServiceStub:
     is acknowledged. Beats are level-triggered: each says what is, and a
     reconnecting agent says everything again. One stream may carry the beats of
     all engines of a host. A beat for an instance that is not registered ends
-    the stream with FAILED_PRECONDITION (INSTANCE_NOT_FOUND): register again.
+    the stream with NOT_FOUND (INSTANCE_NOT_FOUND): register again.
     """
 
 @_typing.type_check_only
@@ -75,7 +75,7 @@ class FleetServiceAsyncStub(FleetServiceStub):
     is acknowledged. Beats are level-triggered: each says what is, and a
     reconnecting agent says everything again. One stream may carry the beats of
     all engines of a host. A beat for an instance that is not registered ends
-    the stream with FAILED_PRECONDITION (INSTANCE_NOT_FOUND): register again.
+    the stream with NOT_FOUND (INSTANCE_NOT_FOUND): register again.
     """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -133,7 +133,7 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         is acknowledged. Beats are level-triggered: each says what is, and a
         reconnecting agent says everything again. One stream may carry the beats of
         all engines of a host. A beat for an instance that is not registered ends
-        the stream with FAILED_PRECONDITION (INSTANCE_NOT_FOUND): register again.
+        the stream with NOT_FOUND (INSTANCE_NOT_FOUND): register again.
         """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

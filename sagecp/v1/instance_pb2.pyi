@@ -128,6 +128,7 @@ class InstanceSpec(_message.Message):
     USD_PER_GPU_HOUR_FIELD_NUMBER: _builtins.int
     HOST_ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    ENGINE_API_KEY_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """Name of the instance, unique in the fleet. 1 to 128 characters of
     [A-Za-z0-9._:-]. Required.
@@ -158,6 +159,10 @@ class InstanceSpec(_message.Message):
     """Price of one GPU for an hour, US dollars. Absent: unknown."""
     host_id: _builtins.str
     """Host that the engine runs on. Empty: unknown."""
+    engine_api_key: _builtins.str
+    """Key that the engine asks for ("vllm serve --api-key"), sent to it as a
+    bearer token. Input only: never returned, never logged. Empty: none.
+    """
     @_builtins.property
     def model_aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further names under which the model is served (aliases, LoRA adapters)."""
@@ -189,10 +194,11 @@ class InstanceSpec(_message.Message):
         usd_per_gpu_hour: _builtins.float | None = ...,
         host_id: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        engine_api_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_memory_gib", b"_gpu_memory_gib", "_key_value_token_capacity", b"_key_value_token_capacity", "_max_concurrent_request_count", b"_max_concurrent_request_count", "_max_context_token_count", b"_max_context_token_count", "_usd_per_gpu_hour", b"_usd_per_gpu_hour", "gpu_memory_gib", b"gpu_memory_gib", "key_value_token_capacity", b"key_value_token_capacity", "max_concurrent_request_count", b"max_concurrent_request_count", "max_context_token_count", b"max_context_token_count", "parallel_sizes", b"parallel_sizes", "usd_per_gpu_hour", b"usd_per_gpu_hour"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_memory_gib", b"_gpu_memory_gib", "_key_value_token_capacity", b"_key_value_token_capacity", "_max_concurrent_request_count", b"_max_concurrent_request_count", "_max_context_token_count", b"_max_context_token_count", "_usd_per_gpu_hour", b"_usd_per_gpu_hour", "engine_kind", b"engine_kind", "engine_url", b"engine_url", "engine_version", b"engine_version", "gpu_count", b"gpu_count", "gpu_memory_gib", b"gpu_memory_gib", "gpu_name", b"gpu_name", "host_id", b"host_id", "instance_id", b"instance_id", "key_value_token_capacity", b"key_value_token_capacity", "labels", b"labels", "max_concurrent_request_count", b"max_concurrent_request_count", "max_context_token_count", b"max_context_token_count", "model_aliases", b"model_aliases", "model_name", b"model_name", "parallel_sizes", b"parallel_sizes", "usd_per_gpu_hour", b"usd_per_gpu_hour"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_memory_gib", b"_gpu_memory_gib", "_key_value_token_capacity", b"_key_value_token_capacity", "_max_concurrent_request_count", b"_max_concurrent_request_count", "_max_context_token_count", b"_max_context_token_count", "_usd_per_gpu_hour", b"_usd_per_gpu_hour", "engine_api_key", b"engine_api_key", "engine_kind", b"engine_kind", "engine_url", b"engine_url", "engine_version", b"engine_version", "gpu_count", b"gpu_count", "gpu_memory_gib", b"gpu_memory_gib", "gpu_name", b"gpu_name", "host_id", b"host_id", "instance_id", b"instance_id", "key_value_token_capacity", b"key_value_token_capacity", "labels", b"labels", "max_concurrent_request_count", b"max_concurrent_request_count", "max_context_token_count", b"max_context_token_count", "model_aliases", b"model_aliases", "model_name", b"model_name", "parallel_sizes", b"parallel_sizes", "usd_per_gpu_hour", b"usd_per_gpu_hour"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_memory_gib: _TypeAlias = _typing.Literal["gpu_memory_gib"]  # noqa: Y015
     _WhichOneofArgType__gpu_memory_gib: _TypeAlias = _typing.Literal["_gpu_memory_gib", b"_gpu_memory_gib"]  # noqa: Y015

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 
+import grpc
 import pytest
 
 from sagecp import client
@@ -161,9 +162,10 @@ async def test_errors_say_what_is_wrong(sage: SageClient) -> None:
         await sage.submit("", temperature=9, top_p=3, max_tokens=0)
     fields = {each.field.removeprefix("spec.") for each in bad.value.violations}
     assert fields == {"prompt.text", "sampling.temperature", "sampling.top_p", "sampling.max_tokens"}
-    with pytest.raises(client.InvalidArgumentError) as long:
+    with pytest.raises(client.RequestFailedError, match="8192") as long:
         await sage.complete("word " * 20_000, max_tokens=1, timeout_s=30)
     assert long.value.reason is ErrorReason.ENGINE_REJECTED
+    assert long.value.code is grpc.StatusCode.INVALID_ARGUMENT
     assert bad.value.rpc_id
 
 

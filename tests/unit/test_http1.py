@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import trustme
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagecp.runtime.engines.base import (
@@ -103,6 +103,7 @@ def test_malformed_heads(head: bytes) -> None:
         parse_response_head(head)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_any_bytes_are_a_head_or_the_one_error(data: bytes) -> None:
     for head in (data, b"HTTP/1.1 200 OK\r\n" + data):
@@ -274,6 +275,7 @@ def test_contradictory_framing(headers: dict[str, str]) -> None:
         make_body_decoder(ResponseHead(200, 1, headers), LIMITS)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=6) | st.sampled_from([b"0\r\n", b"\r\n", b"3\r\nabc\r\n"]), max_size=6))
 def test_any_bytes_are_chunks_or_the_one_error(pieces: list[bytes]) -> None:
     def outcome(parts: list[bytes]) -> tuple[bytes, bytes | None] | str:
@@ -323,6 +325,7 @@ TOKENS = st.tuples(st.text(max_size=6), st.none() | st.lists(st.integers(0, 2**3
 NOISE = st.sampled_from([b"", b": ping\n\n", b"event: x\r\nid: 1\n", b"\r\n"])
 
 
+@settings(deadline=None)
 @given(
     tokens=st.lists(TOKENS, max_size=8),
     noise=st.lists(NOISE, min_size=10, max_size=10),

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagecp.runtime.engines.base import (
@@ -377,6 +377,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON, st.integers(100, 599))
 def test_any_json_gives_deltas_or_an_engine_error(value: Any, status: int) -> None:
     payload = json.dumps(value).encode()
@@ -388,6 +389,7 @@ def test_any_json_gives_deltas_or_an_engine_error(value: Any, status: int) -> No
     assert len(str(error)) <= MAX_MESSAGE_CHARACTERS + 100
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_give_an_engine_error(payload: bytes) -> None:
     with pytest.raises(EngineError):

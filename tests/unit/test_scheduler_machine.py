@@ -676,7 +676,7 @@ def test_long_busy_life(seed: int) -> None:
         }
 
     def condition() -> EngineCondition:
-        conditions = [*[EngineCondition.HEALTHY] * 12, *EngineCondition]
+        conditions: list[EngineCondition] = [*[EngineCondition.HEALTHY] * 12, *EngineCondition]
         return draw.choice(conditions)
 
     def move() -> Move:

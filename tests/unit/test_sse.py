@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagecp.runtime.engines.sse import SseError, SseSplitter
@@ -113,6 +113,7 @@ def streams(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
     return stream, expected
 
 
+@settings(deadline=None)
 @given(streams(), st.lists(st.integers(0, 400), max_size=12))
 def test_any_split_of_the_bytes_gives_the_same_events(
     case: tuple[bytes, list[bytes]], cuts: list[int]
@@ -123,6 +124,7 @@ def test_any_split_of_the_bytes_gives_the_same_events(
     assert split(*pieces) == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=30), max_size=6))
 def test_any_bytes_give_events_or_the_one_error(pieces: list[bytes]) -> None:
     def outcome(*parts: bytes) -> list[bytes] | str:

@@ -71,6 +71,7 @@ def instance_from_proto(spec: instance_pb2.InstanceSpec) -> ExecutionInstance:
         engine_version=spec.engine_version,
         host_id=spec.host_id,
         labels=dict(spec.labels),
+        api_key=spec.engine_api_key,
         **optional,
     )
     named = {violation.field for violation in violations}
