@@ -8,13 +8,14 @@ from sagecp.cli.exit_codes import ExitCode, table_text
 from sagecp.cli.failures import CliError
 
 _ENVIRONMENT = """\
-SAGECP_SERVER         address of the control plane, instead of --server
-SAGECP_CA_CERT        authority to trust; turns TLS on, as --ca-cert does
-SAGECP_CERT           own certificate chain, as --cert
-SAGECP_KEY            its private key, as --key
-SAGECP_TOKEN          bearer token; only sent over TLS, or to this machine
-SAGECP_CONTROL_PLANE  address that `sagecp agent` registers at
-NO_COLOR              no colours, whatever the value"""
+SAGECP_SERVER          address of the control plane, instead of --server
+SAGECP_CA_CERT         authority to trust; turns TLS on, as --ca-cert does
+SAGECP_CERT            own certificate chain, as --cert
+SAGECP_KEY             its private key, as --key
+SAGECP_TOKEN           bearer token; only sent over TLS, or to this machine
+SAGECP_CONTROL_PLANE   address that `sagecp agent` registers at
+SAGECP_ENGINE_API_KEY  key of the engine, for `sagecp agent` and `sagecp engine-sim`
+NO_COLOR               no colours, whatever the value"""
 
 
 @click.command("help")

@@ -1,0 +1,88 @@
+"""What people read."""
+
+from __future__ import annotations
+
+import pytest
+
+from sagecp.cli import render
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"), (0, "0 s"), (0.000_000_5, "0 us"), (0.000_25, "250 us"), (0.001_234, "1.23 ms"),
+        (0.009_99, "9.99 ms"), (0.012_34, "12.3 ms"), (0.0999, "99.9 ms"), (0.123, "123 ms"), (0.9994, "999 ms"),
+        (0.9996, "1.00 s"), (1.234, "1.23 s"), (12.34, "12.3 s"), (99.94, "99.9 s"), (99.96, "1m 40s"),
+        (125, "2m 05s"), (3599.6, "1h 00m"), (7265, "2h 01m"), (200_000, "2d 07h"), (-1.5, "-1.50 s"),
+    ],
+)  # fmt: skip
+def test_durations(seconds: float | None, text: str) -> None:
+    assert render.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(None, "-"), (0, "0"), (999, "999"), (1234, "1.23k"), (4_500_000, "4.5M"), (7e9, "7G")],
+)
+def test_compact_counts(number: float | None, text: str) -> None:
+    assert render.compact(number) == text
+
+
+def test_shares_and_counts() -> None:
+    assert (render.percent(None), render.percent(0.0), render.percent(0.1234)) == ("-", "0%", "12.3%")
+    assert (render.count(1234567), render.plural(1, "token"), render.plural(2, "token")) == (
+        "1,234,567", "1 token", "2 tokens",
+    )  # fmt: skip
+    assert (render.span(None, 1.0), render.span(1.0, 1.5), render.span(2.0, 1.0)) == ("-", "500 ms", "0 s")
+
+
+COLUMNS = (
+    render.Column("NAME", flexible=True),
+    render.Column("STATE", state=True),
+    render.Column("COUNT", right=True),
+)
+
+
+def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    render.print_table(COLUMNS, [["a", "READY", "1"], ["long name", "LOST", "1,000"]])
+    assert capsys.readouterr().out.splitlines() == [
+        "NAME       STATE  COUNT",
+        "a          READY      1",
+        "long name  LOST   1,000",
+    ]
+
+
+def test_narrow_terminals_shorten_what_may_be_shortened(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    render.print_table(COLUMNS, [["an-instance-with-a-very-long-name", "UNHEALTHY", "1,000"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 40 for line in lines)
+    assert "an-instance-with-a-…" in lines[1]
+    assert lines[1].endswith("UNHEALTHY  1,000")
+
+
+def test_without_a_terminal_nothing_is_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    render.print_table(COLUMNS, [["x" * 300, "READY", "1"]])
+    assert "x" * 300 in capsys.readouterr().out
+
+
+def test_wide_characters_take_two_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    render.print_table(COLUMNS, [["模型", "READY", "1"], ["abcd", "READY", "2"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "模型  READY      1"
+    assert lines[2] == "abcd  READY      2"
+
+
+def test_empty_tables_keep_their_head(capsys: pytest.CaptureFixture[str]) -> None:
+    render.print_table(COLUMNS, [])
+    assert capsys.readouterr().out == "NAME  STATE  COUNT\n"
+
+
+def test_pairs_leave_out_what_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    render.print_pairs([("name", "x"), ("empty", ""), ("longer", "one\ntwo")])
+    assert capsys.readouterr().out.splitlines() == ["name    x", "longer  one", "        two"]
