@@ -31,7 +31,8 @@ class CliError(click.ClickException):
 def print_error(message: str, hint: str = "") -> None:
     """Print an error and what to do about it."""
     click.secho("error: ", err=True, fg="red", bold=True, nl=False)
-    click.echo(message, err=True)
+    # Servers' words are shown, their control characters are not.
+    click.echo("".join(char for char in message if char.isprintable() or char in "\n\t"), err=True)
     if hint:
         click.secho("hint: ", err=True, fg="cyan", nl=False)
         click.echo(hint, err=True)

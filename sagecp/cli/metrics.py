@@ -13,7 +13,7 @@ from sagecp.cli.options import DURATION, ServerOptions, output_option, server_op
     "--by",
     "group_by",
     type=click.Choice(["model", "instance", "tenant", "priority"]),
-    help="Also for each of these.",
+    help="Also for each of these: medians (50) and 99th percentiles (99).",
 )
 @click.option("--model", default="", help="Only this model.")
 @click.option("--instance", "instance_id", default="", help="Only this instance.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -19,8 +20,10 @@ _STATE_COLORS = {
     "UNHEALTHY": "red", "LOST": "red", "FAILED": "red", "EXPIRED": "red",
 }  # fmt: skip
 _ELLIPSIS = "…"
+# What others wrote must not steer the terminal: control characters go, colours of our own stay.
+_CONTROL = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]")
 _GAP = "  "
-_MIN_FLEXIBLE_WIDTH = 12
+_MIN_FLEXIBLE_WIDTH = 8
 NONE = "-"
 
 
@@ -33,35 +36,48 @@ class Column:
         right: Numbers are aligned to the right.
         state: Whether the cells are states, which have colours.
         flexible: Whether it may be shortened where the terminal is narrow.
+        optional: Whether it may be left out there.
     """
 
     title: str
     right: bool = False
     state: bool = False
     flexible: bool = False
+    optional: bool = False
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    """Print an aligned table; flexible columns give way where the terminal is narrow."""
+    """Print an aligned table; where the terminal is narrow, some columns are left out or shortened."""
+    rows = [[harmless(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [
         max(_width(column.title), *(_width(row[index]) for row in rows)) if rows else _width(column.title)
         for index, column in enumerate(columns)
     ]
-    _fit(columns, widths)
+    kept = _fit(columns, widths)
+    columns, widths = [columns[i] for i in kept], [widths[i] for i in kept]
     click.echo(_line([column.title for column in columns], columns, widths, styled=False))
     for row in rows:
-        click.echo(_line(row, columns, widths, styled=True))
+        click.echo(_line([row[i] for i in kept], columns, widths, styled=True))
 
 
-def _fit(columns: Sequence[Column], widths: list[int]) -> None:
-    excess = sum(widths) + len(_GAP) * (len(widths) - 1) - terminal_width()
-    while excess > 0:
-        candidates = [i for i, c in enumerate(columns) if c.flexible and widths[i] > _MIN_FLEXIBLE_WIDTH]
-        if not candidates:
-            return
-        widest = max(candidates, key=lambda i: widths[i])
+def _fit(columns: Sequence[Column], widths: list[int]) -> list[int]:
+    """Return the columns that stay; their widths are made to fit."""
+    kept = list(range(len(columns)))
+    room = terminal_width()
+
+    def excess() -> int:
+        return sum(widths[i] for i in kept) + len(_GAP) * (len(kept) - 1) - room
+
+    def spare() -> int:
+        return sum(max(0, widths[i] - _MIN_FLEXIBLE_WIDTH) for i in kept if columns[i].flexible)
+
+    for index in [i for i in reversed(kept) if columns[i].optional]:
+        if excess() > spare():
+            kept.remove(index)
+    while excess() > 0 and spare() > 0:
+        widest = max((i for i in kept if columns[i].flexible), key=lambda i: widths[i])
         widths[widest] -= 1
-        excess -= 1
+    return kept
 
 
 def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int], *, styled: bool) -> str:
@@ -79,13 +95,18 @@ def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]
 
 def print_pairs(pairs: Iterable[tuple[str, str]], indent: str = "") -> None:
     """Print names and values below each other; pairs with an empty value are left out."""
-    given = [(name, value) for name, value in pairs if value]
+    given = [(name, harmless(value)) for name, value in pairs if value]
     width = max((len(name) for name, _ in given), default=0)
     for name, value in given:
         first, *rest = value.split("\n")
         click.echo(f"{indent}{click.style(name, bold=True)}{' ' * (width - len(name))}{_GAP}{first}")
         for line in rest:
             click.echo(f"{indent}{' ' * width}{_GAP}{line}")
+
+
+def harmless(text: str) -> str:
+    """Return text without control characters, but for tabs, line ends and colours."""
+    return _CONTROL.sub("", text)
 
 
 def state_text(state: str) -> str:

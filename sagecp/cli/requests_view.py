@@ -15,10 +15,10 @@ from sagecp.v1 import request_pb2
 
 _PAGE_SIZE = 1000
 _COLUMNS = (
-    render.Column("REQUEST", flexible=True),
+    render.Column("REQUEST"),
     render.Column("STATE", state=True),
-    render.Column("MODEL", flexible=True),
-    render.Column("PRIORITY"),
+    render.Column("MODEL", flexible=True, optional=True),
+    render.Column("PRIORITY", optional=True),
     render.Column("AGE", right=True),
     render.Column("TTFT", right=True),
     render.Column("TOTAL", right=True),

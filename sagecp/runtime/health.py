@@ -64,8 +64,10 @@ class HealthLoop:
             while True:
                 self._wake.clear()
                 self._wake_s = self._start_due(loop.time())
+                # Not wait_for: in Python 3.11 it loses a cancellation that meets the event.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), max(0.0, self._wake_s - loop.time()))
+                    async with asyncio.timeout_at(self._wake_s):
+                        await self._wake.wait()
         finally:
             probes = list(self._probes.values())
             for probe in probes:

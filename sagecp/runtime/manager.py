@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import secrets
@@ -103,13 +104,10 @@ class ControlPlaneManager:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those that were accepted; return whether all ended."""
         self._accepting = False
-        if self._loop.idle.is_set():
-            return True  # With a timeout of 0, wait_for would not even look.
-        try:
-            await asyncio.wait_for(self._loop.idle.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._loop.idle.wait()
+        return self._loop.idle.is_set()
 
     async def stop(self) -> None:
         """End every request that is left as FAILED, stop the loops, close all connections. Idempotent."""

@@ -519,21 +519,26 @@ async def test_an_error_without_a_whole_body_is_that_error(make_client: MakeClie
 
 @on_every_client_and_loop
 async def test_an_answer_before_the_request_was_read(make_client: MakeClient) -> None:
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def refuse_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
+        connections.append(writer)
         body = b'{"error":{"message":"too large"}}'
         writer.write(b"HTTP/1.1 413 Too Large\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
         await finished.wait()
         writer.close()
 
+    connections: list[asyncio.StreamWriter] = []
     finished = asyncio.Event()
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    server = await asyncio.start_server(refuse_early, "127.0.0.1", 0)
     try:
         client = make_client(EngineEndpoint(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
         call = EngineCall(EngineApi.COMPLETIONS, b"x" * (16 << 20), "req-1")
-        error = await failure(client, call=call)
-        assert isinstance(error, EngineRejectedError)
-        assert error.status == 413
+        for _ in range(2):
+            error = await failure(client, call=call)
+            assert isinstance(error, EngineRejectedError)
+            assert error.status == 413
+        # The rest of the first request was not taken for the start of the second.
+        assert len(connections) == 2
     finally:
         finished.set()
         server.close()
@@ -561,17 +566,20 @@ async def test_no_first_token(make_client: MakeClient, events: list[bytes] | Non
     gone = asyncio.Event()
     async with scripted_engine(silent) as engine:
         sink = Sink()
-        error = await failure(make_client(EngineEndpoint(engine.url)), sink, timeouts=SHORT)
+        call = make_call(keep_raw=True)  # So that even a role reaches the sink.
+        error = await failure(make_client(EngineEndpoint(engine.url)), sink, timeouts=SHORT, call=call)
         assert isinstance(error, EngineTimeoutError)
         assert error.phase == "first_token"
         await gone.wait()  # The engine stops its work.
 
 
+@pytest.mark.parametrize("first_token_s", [0.0, 0.15])
 @pytest.mark.parametrize("events", [[], [b": ping\n\n"] * 40])
 @on_every_client_and_loop
-async def test_no_further_token(make_client: MakeClient, events: list[bytes]) -> None:
+async def test_no_further_token(make_client: MakeClient, events: list[bytes], first_token_s: float) -> None:
     async def freeze(request: Request) -> None:
         try:
+            await asyncio.sleep(first_token_s)
             await request.send(SSE_HEAD)
             await request.send_events(token("a"))
             for event in events:

@@ -22,6 +22,7 @@ from sagecp.v1 import fleet_service_pb2, fleet_service_pb2_grpc, inference_servi
 from sagecp.v1 import inference_service_pb2 as pb
 
 FAST = RetryPolicy(base_s=0.001, max_s=0.01)
+QUEUED = request_pb2.REQUEST_STATE_QUEUED
 Step = Callable[[Any, grpc.aio.ServicerContext[Any, Any]], Awaitable[Any]]
 
 
@@ -57,7 +58,7 @@ class Scripted(
 async def scripted(
     *steps: Step, retry: RetryPolicy = FAST, **options: Any
 ) -> AsyncIterator[tuple[SageClient, Scripted]]:
-    servicer = Scripted(*steps)
+    servicer = Scripted(*steps)  # type: ignore[abstract]  # the rest answers UNIMPLEMENTED
     server = grpc.aio.server()
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
     fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(servicer, server)
@@ -118,7 +119,7 @@ def sends(*events: dict[str, Any], then: Step | None = None) -> Step:
 
 async def accepts(request: pb.SubmitRequest, _context: Any) -> pb.SubmitResponse:
     return pb.SubmitResponse(
-        created=True, request=request_pb2.Request(request_id=request.spec.request_id, state=1)
+        created=True, request=request_pb2.Request(request_id=request.spec.request_id, state=QUEUED)
     )
 
 

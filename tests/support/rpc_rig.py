@@ -175,9 +175,8 @@ async def running_rig(
 async def failure_of(call: Any) -> grpc.aio.AioRpcError:
     """Return the error that a call ends with; messages of a stream are read and dropped."""
     try:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
+        if hasattr(call, "read"):
+            await remaining(call)
         else:
             await call
     except grpc.aio.AioRpcError as error:
@@ -264,12 +263,19 @@ async def read_all(call: Any) -> Output:
     messages: list[Any] = []
     error = None
     try:
-        # A message at a time: what came before an error counts.
-        async for message in call:
-            messages.append(message)  # noqa: PERF401
+        while (message := await call.read()) is not grpc.aio.EOF:
+            messages.append(message)
     except grpc.aio.AioRpcError as raised:
         error = raised
     return Output(messages, error)
+
+
+async def remaining(call: Any) -> list[Any]:
+    """Read what is left of a stream that ends well."""
+    messages = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        messages.append(message)
+    return messages
 
 
 async def next_event(call: Any, kind: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -24,7 +25,7 @@ def test_the_slices_are_whole_and_in_order(name: str) -> None:
     rows = load_trace(name, 10_000).rows
     assert len(rows) == 300
     assert rows[0].arrival_s == 0
-    assert all(before.arrival_s <= after.arrival_s for before, after in zip(rows, rows[1:], strict=False))
+    assert all(before.arrival_s <= after.arrival_s for before, after in itertools.pairwise(rows))
     assert all(row.prompt_token_count > 0 and row.output_token_count > 0 for row in rows)
     assert load_trace(name, 7).rows == rows[:7]
 

@@ -60,7 +60,11 @@ CASES = [
     ),
     (error(client.ConflictError, "ALREADY_EXISTS"), ExitCode.NOT_FOUND_OR_CONFLICT, ""),
     (error(client.AccessError, "PERMISSION_DENIED"), ExitCode.NOT_PERMITTED, "--cert"),
-    (error(client.OverloadedError, "RESOURCE_EXHAUSTED", retry_after_s=1.5), ExitCode.REQUEST_FAILED, "1.5 s"),
+    (
+        error(client.OverloadedError, "RESOURCE_EXHAUSTED", retry_after_s=1.5),
+        ExitCode.REQUEST_FAILED,
+        "in 1.5 s",
+    ),
     (
         error(client.OverloadedError, "RESOURCE_EXHAUSTED", "Received message larger than max (5 vs. 4)"),
         ExitCode.INVALID,
@@ -74,7 +78,11 @@ CASES = [
         ExitCode.UNREACHABLE,
         "sagecp stream r --from 7",
     ),
-    (ended(RequestState.FAILED, 14, ErrorReason.ENGINE_FAILED), ExitCode.REQUEST_FAILED, "sagecp requests get r"),
+    (
+        ended(RequestState.FAILED, 14, ErrorReason.ENGINE_FAILED),
+        ExitCode.REQUEST_FAILED,
+        "sagecp requests get r",
+    ),
     (ended(RequestState.FAILED, 3, ErrorReason.ENGINE_REJECTED), ExitCode.INVALID, ""),
     (ended(RequestState.CANCELLED, 1, ErrorReason.REQUEST_CANCELLED), ExitCode.REQUEST_FAILED, ""),
     (ended(RequestState.EXPIRED, 4, ErrorReason.DEADLINE_EXCEEDED), ExitCode.DEADLINE, ""),

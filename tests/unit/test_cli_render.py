@@ -11,8 +11,10 @@ from sagecp.cli import render
     ("seconds", "text"),
     [
         (None, "-"), (0, "0 s"), (0.000_000_5, "0 us"), (0.000_25, "250 us"), (0.001_234, "1.23 ms"),
-        (0.009_99, "9.99 ms"), (0.012_34, "12.3 ms"), (0.0999, "99.9 ms"), (0.123, "123 ms"), (0.9994, "999 ms"),
-        (0.9996, "1.00 s"), (1.234, "1.23 s"), (12.34, "12.3 s"), (99.94, "99.9 s"), (99.96, "1m 40s"),
+        (0.009_99, "9.99 ms"), (0.012_34, "12.3 ms"), (0.0999, "99.9 ms"), (0.123, "123 ms"),
+        (0.9994, "999 ms"),
+        (0.9996, "1.00 s"), (1.234, "1.23 s"), (12.34, "12.3 s"), (99.94, "99.9 s"),
+        (99.96, "1m 40s"),
         (125, "2m 05s"), (3599.6, "1h 00m"), (7265, "2h 01m"), (200_000, "2d 07h"), (-1.5, "-1.50 s"),
     ],
 )  # fmt: skip
@@ -59,8 +61,19 @@ def test_narrow_terminals_shorten_what_may_be_shortened(
     render.print_table(COLUMNS, [["an-instance-with-a-very-long-name", "UNHEALTHY", "1,000"]])
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 40 for line in lines)
-    assert "an-instance-with-a-…" in lines[1]
+    assert "an-instance-with-a-ve…" in lines[1]
     assert lines[1].endswith("UNHEALTHY  1,000")
+
+
+def test_narrow_terminals_leave_out_what_is_optional(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = (COLUMNS[0], render.Column("MODEL", optional=True), render.Column("CLASS", optional=True))
+    rows = [["engine", "model", "NORMAL"]]
+    for width, head in ((23, "NAME    MODEL  CLASS"), (19, "NAME    MODEL"), (12, "NAME")):
+        monkeypatch.setenv("COLUMNS", str(width))
+        render.print_table(columns, rows)
+        assert capsys.readouterr().out.splitlines()[0] == head
 
 
 def test_without_a_terminal_nothing_is_cut(
@@ -86,3 +99,13 @@ def test_empty_tables_keep_their_head(capsys: pytest.CaptureFixture[str]) -> Non
 def test_pairs_leave_out_what_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     render.print_pairs([("name", "x"), ("empty", ""), ("longer", "one\ntwo")])
     assert capsys.readouterr().out.splitlines() == ["name    x", "longer  one", "        two"]
+
+
+def test_what_others_wrote_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "a\x1b]0;title\x07b\x1b[2Jc\rd\ne"
+    render.print_table((render.Column("NAME"),), [[evil]])
+    render.print_pairs([("name", evil), ("state", "\x1b[32mREADY\x1b[0m")])
+    shown = capsys.readouterr().out
+    assert "a]0;titleb[2Jcd e" in shown
+    assert not set(shown) & {"\x07", "\r"}
+    assert shown.count("\x1b") in {0, 2}, "colours of our own stay"

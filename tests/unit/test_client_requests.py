@@ -107,15 +107,13 @@ def test_openai_bodies_of_every_form(body: Any) -> None:
 
 
 def test_every_value_that_does_not_fit_is_named_at_once() -> None:
+    wrong: Any = {
+        "max_tokens": -1, "n": "two", "temperature": "hot", "seed": 2**70, "stop_token_ids": [-1],
+        "priority": "urgent", "deadline_s": "soon", "labels": {"k": 1}, "engine_extras": [1],
+        "structured_output": {"regex": "a", "grammar": "b"}, "logit_bias": {"x": 1},
+    }  # fmt: skip
     with pytest.raises(InvalidArgumentError) as caught:
-        request_spec(
-            "hi",
-            {
-                "max_tokens": -1, "n": "two", "temperature": "hot", "seed": 2**70, "stop_token_ids": [-1],
-                "priority": "urgent", "deadline_s": "soon", "labels": {"k": 1}, "engine_extras": [1],
-                "structured_output": {"regex": "a", "grammar": "b"}, "logit_bias": {"x": 1},
-            },  # type: ignore[typeddict-item]  # wrong on purpose
-        )  # fmt: skip
+        request_spec("hi", wrong)
     fields = {each.field for each in caught.value.violations}
     sampling = {"max_tokens", "n", "temperature", "seed", "stop_token_ids", "engine_extras", "logit_bias"}
     expected = {f"spec.sampling.{name}" for name in (*sampling, "structured_output")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sagecp.core.errors import (
@@ -10,7 +12,12 @@ from sagecp.core.errors import (
     InvalidRequestError,
     StaleIncarnationError,
 )
-from sagecp.core.fleet import KEY_VALUE_USAGE_LIMIT, Fleet, InstanceRecord
+from sagecp.core.fleet import (
+    KEY_VALUE_USAGE_LIMIT,
+    REFERENCE_OUTPUT_TOKEN_COUNT,
+    Fleet,
+    InstanceRecord,
+)
 from sagecp.core.types import EngineGauges, ExecutionInstance, InstanceState, SamplingParameters
 from tests.support.core_world import make_instance, make_instance_record, make_record
 
@@ -26,7 +33,7 @@ def make_ready(fleet: Fleet, spec: ExecutionInstance, incarnation: int = 0) -> I
     return record
 
 
-def load(record: InstanceRecord, count: int, **fields: int) -> None:
+def load(record: InstanceRecord, count: int, **fields: Any) -> None:
     for number in range(count):
         request = make_record(f"{record.instance_id}-{number}", **fields)
         request.instance_id = record.instance_id
@@ -92,7 +99,7 @@ def test_the_same_or_a_newer_incarnation_takes_over_what_runs(offered: int) -> N
     fleet = make_fleet()
     old = make_ready(fleet, make_instance("a", capacity=1000), 5)
     load(old, 2, max_tokens=16)
-    old.learn(2.0, 0.5)
+    old.learn(2.0, 0.5, output_token_count=101)
     old.completed_request_count, old.failed_attempt_count, old.drain = 7, 3, True
     new = fleet.add(make_instance("a", capacity=500), offered, now=9.0)
     assert new is not old
@@ -102,7 +109,9 @@ def test_the_same_or_a_newer_incarnation_takes_over_what_runs(offered: int) -> N
     assert new.in_flight_count == 2
     assert new.reserved_token_count == old.reserved_token_count > 0
     assert new.spare_token_count == 500 - new.reserved_token_count
-    assert (new.latency_estimate_s, new.ttft_estimate_s) == (2.0, 0.5)
+    assert new.ttft_estimate_s == 0.5
+    assert new.tpot_estimate_s == pytest.approx(0.015)
+    assert new.latency_estimate_s == old.latency_estimate_s is not None
     assert (new.completed_request_count, new.failed_attempt_count) == (7, 3)
     assert new.last_dispatch_sequence == 2
     assert new.drain
@@ -315,11 +324,29 @@ def test_gauges_that_could_not_be_read_are_unknown() -> None:
 
 def test_estimates_start_at_the_first_sample_and_move_a_tenth() -> None:
     record = make_instance_record()
-    assert record.latency_estimate_s is None
-    record.learn(2.0, None)
-    assert (record.latency_estimate_s, record.ttft_estimate_s) == (2.0, None)
-    record.learn(3.0, 0.5)
-    assert (record.latency_estimate_s, record.ttft_estimate_s) == (pytest.approx(2.1), 0.5)
+    record.learn(2.0, 1.0, output_token_count=11)
+    assert record.ttft_estimate_s == 1.0
+    assert record.tpot_estimate_s == pytest.approx(0.1)
+    record.learn(4.0, 2.0, output_token_count=11)
+    assert record.ttft_estimate_s == pytest.approx(1.1)
+    assert record.tpot_estimate_s == pytest.approx(0.11)
+
+
+@pytest.mark.parametrize("output_token_count", [2, 17, 1000])
+def test_instances_are_compared_by_speed_not_by_what_they_were_asked(output_token_count: int) -> None:
+    record = make_instance_record()
+    record.learn(0.5 + (output_token_count - 1) * 0.02, 0.5, output_token_count)
+    assert record.latency_estimate_s == pytest.approx(0.5 + (REFERENCE_OUTPUT_TOKEN_COUNT - 1) * 0.02)
+
+
+def test_without_a_second_token_nothing_is_known_of_the_speed() -> None:
+    record = make_instance_record()
+    record.learn(0.7, None, output_token_count=0)
+    assert (record.ttft_estimate_s, record.tpot_estimate_s, record.latency_estimate_s) == (None, None, None)
+    record.learn(0.7, 0.7, output_token_count=1)
+    assert (record.ttft_estimate_s, record.tpot_estimate_s, record.latency_estimate_s) == (0.7, None, None)
+    record.learn(1.7, 0.7, output_token_count=11)
+    assert record.latency_estimate_s == pytest.approx(0.7 + (REFERENCE_OUTPUT_TOKEN_COUNT - 1) * 0.1)
 
 
 # -- leases ----------------------------------------------------------------------------

@@ -467,17 +467,43 @@ async def test_the_timeout_covers_the_whole_body() -> None:
         await client.close()
 
 
+@pytest.mark.parametrize(
+    ("headers", "ending"),
+    [
+        (b"content-length: 10\r\n", "close"),
+        (b"content-length: 10\r\n", "reset"),
+        (b"transfer-encoding: chunked\r\n", "close"),
+        (b"", "reset"),
+    ],
+)
 @on_both_loops
-async def test_a_body_cut_off() -> None:
+async def test_a_body_cut_off(headers: bytes, ending: str) -> None:
     async def cut(request: Request) -> None:
-        await request.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc")
-        request.close()
+        await request.send(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n5\r\nabc")
+        await asyncio.sleep(0.02)  # A reset discards what was not read.
+        if ending == "close":
+            request.close()
+        else:
+            request.reset()
 
     async with scripted_engine(cut) as server:
         client = HttpClient(server.url)
         with pytest.raises(HttpDisconnectedError) as caught:
             await client.get("/", timeout_s=5)
         assert caught.value.response_started
+        await client.close()
+
+
+@on_both_loops
+async def test_a_body_that_ends_with_the_connection() -> None:
+    async def until_close(request: Request) -> None:
+        await request.send(b"HTTP/1.0 200 OK\r\n\r\nabc", b"def")
+        request.close()
+
+    async with scripted_engine(until_close) as server:
+        client = HttpClient(server.url)
+        assert (await client.get("/", timeout_s=5)).body == b"abcdef"
+        assert client.pool.open_count == 0
         await client.close()
 
 

@@ -89,7 +89,10 @@ def demo(
     from sagecp.cli.demo.trace import load_trace
 
     trace = load_trace(trace_name, request_count)
-    return asyncio.run(_run(trace, speed, engines, profile, server, model, as_json=as_json))
+    try:
+        return asyncio.run(_run(trace, speed, engines, profile, server, model, as_json=as_json))
+    except asyncio.CancelledError:  # By SIGTERM.
+        return ExitCode.INTERRUPTED
 
 
 async def _run(

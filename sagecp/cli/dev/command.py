@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 _PREFIX_COLORS = ("cyan", "magenta", "blue", "yellow", "green")
 _PREFIX_WIDTH = len("control-plane")
+# Time, level, event and logger as the processes print them, far too wide for a terminal with a prefix.
+_LOG_LINE = re.compile(r"^\S+T(?P<time>\d\d:\d\d:\d\d)\S* \[(?P<level>\w+) *\] (?P<event>.*?) \[[\w.]+\] ?")
 
 
 @click.command("dev")
@@ -107,6 +110,11 @@ def _ignore(_name: str, _line: str) -> None:
     """Print nothing."""
 
 
+def _short_log_line(match: re.Match[str]) -> str:
+    level = "" if match["level"] == "info" else f"{match['level'].upper()} "
+    return f"{match['time']} {level}{match['event'].rstrip()}  "
+
+
 class _Printer:
     """Prints lines of several processes, each with its name in a colour of its own; on a terminal, cut."""
 
@@ -116,6 +124,8 @@ class _Printer:
 
     def __call__(self, name: str, line: str) -> None:
         color = self._colors.setdefault(name, _PREFIX_COLORS[len(self._colors) % len(_PREFIX_COLORS)])
+        if self._width:
+            line = _LOG_LINE.sub(_short_log_line, line)
         if 0 < self._width < len(line):
             line = line[: self._width - 1] + "…"
         click.echo(f"{click.style(name.ljust(_PREFIX_WIDTH), fg=color)} | {line}", err=True)

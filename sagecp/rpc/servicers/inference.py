@@ -10,7 +10,7 @@ from sagecp.core.errors import FieldViolation, InvalidRequestError, NotImplement
 from sagecp.core.types import RequestState
 from sagecp.rpc.convert.common import check_enum
 from sagecp.rpc.convert.request import decision_to_proto, request_from_proto, request_to_proto
-from sagecp.rpc.servicers.paging import page_size, page_token, position_of
+from sagecp.rpc.servicers.paging import not_our_token, page_size, page_token, position_of
 from sagecp.rpc.servicers.relay import relay_output
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.runtime.requests import RequestHandle
@@ -144,4 +144,8 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
 def _sequence_of(token: str, violations: list[FieldViolation]) -> int:
     """Return the order of creation that a page token names; 0 for no token."""
     position = position_of("request", token, violations)
-    return int(position) if position.isascii() and position.isdigit() else 0
+    try:
+        return int(position or 0)
+    except ValueError:
+        violations.append(not_our_token())
+        return 0

@@ -34,10 +34,11 @@ def position_of(kind: str, token: str, violations: list[FieldViolation]) -> str:
     except ValueError:
         found = separator = position = ""
     if not separator or found != kind or not position:
-        violations.append(
-            FieldViolation(
-                "page_token", "is not a token of this list; give next_page_token, or none to start"
-            )
-        )
+        violations.append(not_our_token())
         return ""
     return position
+
+
+def not_our_token() -> FieldViolation:
+    """Return what is said of a token that this list did not give."""
+    return FieldViolation("page_token", "is not a token of this list; give next_page_token, or none to start")
