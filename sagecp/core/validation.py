@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,9 @@ from sagecp.core.types import ExecutionInstance, RequestMetadata, SamplingParame
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 ID_HINT = "use 1 to 128 characters of A-Z a-z 0-9 . _ : -"
+# A name, an IPv4 or an IPv6 address (with a zone); internationalised names in their ASCII form.
+_HOST_PATTERN = re.compile(r"[A-Za-z0-9_.:%-]{1,253}")
+_API_KEY_PATTERN = re.compile(r"[!-~]{0,4096}")
 MAX_TOKENS_LIMIT = 10_000_000
 MAX_DURATION_MS = 7 * 24 * 3600 * 1000.0
 _STRUCTURED_KINDS = ("json_schema", "json_object", "regex", "grammar", "choice")
@@ -148,10 +152,19 @@ def instance_violations(instance: ExecutionInstance) -> Iterator[FieldViolation]
     """Yield every bad field of an instance, by the contract's field names."""
     if not ID_PATTERN.fullmatch(instance.instance_id):
         yield FieldViolation("instance_id", f"{_shown(instance.instance_id)} is not an id; {ID_HINT}")
-    if not instance.host or not 1 <= instance.port <= 65535 or instance.scheme not in {"http", "https"}:
+    if (
+        not _is_host(instance.host)
+        or not 1 <= instance.port <= 65535
+        or instance.scheme not in {"http", "https"}
+    ):
         yield FieldViolation(
             "engine_url",
             f"{_shown(instance.engine_url)} is not http or https with a host and a port of 1 to 65535",
+        )
+    if not _API_KEY_PATTERN.fullmatch(instance.api_key):
+        # Without its value: it is a secret.
+        yield FieldViolation(
+            "engine_api_key", "must be printable ASCII without spaces, at most 4096 characters"
         )
     if not instance.model_name or len(instance.model_name) > 512:
         yield FieldViolation("model_name", "must have 1 to 512 characters")
@@ -176,6 +189,18 @@ def instance_violations(instance: ExecutionInstance) -> Iterator[FieldViolation]
         if count is not None and count < 1:
             yield FieldViolation(name, f"is {count}; must be at least 1, or absent")
     yield from label_violations(instance.labels)
+
+
+def _is_host(host: str) -> bool:
+    if not _HOST_PATTERN.fullmatch(host):
+        return False
+    if ":" not in host:
+        return True
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _shown(text: str) -> str:
