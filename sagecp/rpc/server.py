@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import ssl
 import threading
 from pathlib import Path
 from wsgiref.simple_server import WSGIServer
@@ -204,14 +205,36 @@ class ControlPlaneServer:
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
     try:
+        _check_pem(tls)
         key = Path(tls.private_key_file).read_bytes()
         chain = Path(tls.certificate_file).read_bytes()
         client_ca = Path(tls.client_ca_file).read_bytes() if tls.client_ca_file else None
     except OSError as error:
-        raise ListenError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise ListenError(f"cannot read {error.filename or 'the TLS files'}: {error.strerror}") from error
     return grpc.ssl_server_credentials(
         [(key, chain)], root_certificates=client_ca, require_client_auth=client_ca is not None
     )
+
+
+def _check_pem(tls: TlsConfig) -> None:
+    """Make sure that the TLS files are what they should be: grpc fails as if the port were in use."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Without a password function, an encrypted key would ask for one on the terminal.
+        context.load_cert_chain(tls.certificate_file, tls.private_key_file, password=lambda: "")
+    except ssl.SSLError as error:
+        raise ListenError(
+            f"the TLS certificate {tls.certificate_file} and key {tls.private_key_file} cannot be used "
+            f"({error.reason or error}); give a PEM chain and the unencrypted key that belongs to it"
+        ) from error
+    if tls.client_ca_file:
+        try:
+            context.load_verify_locations(tls.client_ca_file)
+        except ssl.SSLError as error:
+            raise ListenError(
+                f"the TLS authorities in {tls.client_ca_file} cannot be used ({error.reason or error}); "
+                "give PEM certificates"
+            ) from error
 
 
 async def run_server(config: ServerConfig, ready: asyncio.Future[ControlPlaneServer] | None = None) -> int:

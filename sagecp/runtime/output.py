@@ -106,8 +106,12 @@ class OutputLog:
         if token_index == 0:
             return 0
         if token_index == self.token_count:
-            # Also skips pieces without tokens: their text belongs to tokens before.
-            return len(self.deltas)
+            # The reader has every token. Whether it has what came after them (a finish
+            # reason) cannot be told; saying that again does no harm, repeating text would.
+            cursor = len(self.deltas)
+            while cursor and not self.deltas[cursor - 1].token_count and not self.deltas[cursor - 1].text:
+                cursor -= 1
+            return cursor
         return bisect_right(self._first_indexes, token_index) - 1
 
     async def wait_beyond(self, cursor: int) -> None:

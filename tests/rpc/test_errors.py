@@ -18,6 +18,7 @@ from tests.support.rpc_rig import (
     remaining,
     request_spec,
     status_of,
+    untyped,
 )
 
 Code = grpc.StatusCode
@@ -83,8 +84,7 @@ async def test_more_bad_fields_than_fit_are_counted(rig: Rig) -> None:
 
 def raw_call(rig: Rig, method: str, data: bytes) -> Any:
     """Send bytes as they are."""
-    multi_callable: Any = rig.channel.unary_unary(f"/sagecp.v1.{method}")
-    return multi_callable(data)
+    return untyped(rig.channel).unary_unary(f"/sagecp.v1.{method}")(data)
 
 
 UNARY = ["InferenceService/Submit", "FleetService/RegisterInstance", "AdminService/GetMetrics"]
@@ -103,7 +103,7 @@ async def test_bytes_that_are_no_message_on_streams(rig: Rig, caplog: pytest.Log
         rig.channel.unary_stream("/sagecp.v1.InferenceService/Generate")(b"\xff\xff\xff")
     )
     assert error.code() is Code.INVALID_ARGUMENT
-    beats: Any = rig.channel.stream_stream("/sagecp.v1.FleetService/Heartbeat")()
+    beats = untyped(rig.channel).stream_stream("/sagecp.v1.FleetService/Heartbeat")()
     await beats.write(b"\xff\xff\xff")
     error = await failure_of(beats)
     assert error.code() is Code.INVALID_ARGUMENT
@@ -135,13 +135,14 @@ async def test_a_defect_shows_nothing_of_our_insides(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     await break_manager(rig, monkeypatch)
-    for call in (
-        rig.admin.GetStatus(admin_service_pb2.GetStatusRequest()),
-        rig.inference.Submit(pb.SubmitRequest(spec=request_spec(text="prompt-canary"))),
-        rig.generate(text="prompt-canary"),
+    submit = pb.SubmitRequest(spec=request_spec(text="prompt-canary"))
+    for start in (
+        lambda: rig.admin.GetStatus(admin_service_pb2.GetStatusRequest()),
+        lambda: rig.inference.Submit(submit),
+        lambda: rig.generate(text="prompt-canary"),
     ):
         caplog.clear()
-        error = await failure_of(call)
+        error = await failure_of(start())
         assert error.code() is Code.INTERNAL
         assert reason_of(error) == "INTERNAL"
         shown = f"{error.details()} {status_of(error)} {error.debug_error_string()}"

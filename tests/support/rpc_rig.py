@@ -172,6 +172,14 @@ async def running_rig(
         await server.stop(0.0)
 
 
+def untyped(value: object) -> Any:
+    """Return a stub or channel as something that type checkers know nothing about.
+
+    The stubs of grpc's own services are typed for the synchronous API only.
+    """
+    return value
+
+
 async def failure_of(call: Any) -> grpc.aio.AioRpcError:
     """Return the error that a call ends with; messages of a stream are read and dropped."""
     try:

@@ -522,6 +522,7 @@ FULL_INSTANCE = """{
 
 def test_an_instance_survives_the_round_trip() -> None:
     spec = json_format.Parse(FULL_INSTANCE, instance_pb2.InstanceSpec())
+    spec.engine_api_key = "a-secret"
     assert {f.name for f, _ in spec.ListFields()} == {f.name for f in spec.DESCRIPTOR.fields}
     instance = instance_from_proto(spec)
     assert instance == ExecutionInstance(
@@ -546,8 +547,10 @@ def test_an_instance_survives_the_round_trip() -> None:
         usd_per_gpu_hour=2.5,
         host_id="host",
         labels={"zone": "a"},
+        api_key="a-secret",
     )
     record = InstanceRecord(instance, 7, 1.0, 256)
+    spec.ClearField("engine_api_key")  # Never comes back.
     assert instance_to_proto(record, 0.0).spec == spec
 
 

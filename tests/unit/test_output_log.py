@@ -66,7 +66,7 @@ def test_the_size_counts_text_and_raw_events() -> None:
         pytest.param(0, 0, id="the beginning"),
         pytest.param(1, 1, id="the first token of a piece"),
         pytest.param(2, 1, id="a token inside a piece: the whole piece"),
-        pytest.param(4, 4, id="the end: nothing that was read before"),
+        pytest.param(4, 3, id="the end: why it ended is said again"),
     ],
 )
 def test_seek_finds_the_piece_that_holds_a_token(index: int, cursor: int) -> None:
