@@ -205,12 +205,12 @@ class ControlPlaneServer:
 
 def _credentials(tls: TlsConfig) -> grpc.ServerCredentials:
     try:
-        _check_pem(tls)
         key = Path(tls.private_key_file).read_bytes()
         chain = Path(tls.certificate_file).read_bytes()
         client_ca = Path(tls.client_ca_file).read_bytes() if tls.client_ca_file else None
     except OSError as error:
-        raise ListenError(f"cannot read {error.filename or 'the TLS files'}: {error.strerror}") from error
+        raise ListenError(f"cannot read {error.filename}: {error.strerror}") from error
+    _check_pem(tls)
     return grpc.ssl_server_credentials(
         [(key, chain)], root_certificates=client_ca, require_client_auth=client_ca is not None
     )

@@ -369,6 +369,9 @@ class EngineServer:
             response = await handler(request)
         except ApiError as error:
             response = json_response(error.body(), error.status)
+        except ConnectionResetError:
+            # The client left before its answer began: nobody reads this one.
+            response = web.Response(status=499)
         except UnreadableBodyError:
             response = json_response(b'{"detail":"There was an error parsing the body"}', 400)
         except web.HTTPRequestEntityTooLarge as error:

@@ -57,7 +57,9 @@ async def test_a_useless_id_is_replaced_or_cut(rig: Rig, sent: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x" * 5000, "é" * 5000, "模型" * 2500, "100% " * 1000, "a\r\nb\x00" * 500], ids=ascii
+    "text",
+    ["x" * 5000, "é" * 5000, "模型" * 2500, "100% " * 1000, "a\r\nb\x00" * 500],
+    ids=["ascii", "accents", "ideographs", "percent signs", "control characters"],
 )
 async def test_whatever_a_user_writes_the_right_error_arrives(rig: Rig, text: str) -> None:
     # The wrong one would be RESOURCE_EXHAUSTED, from a client that refuses the trailers.
@@ -99,9 +101,8 @@ async def test_bytes_that_are_no_message(rig: Rig, method: str, caplog: pytest.L
 
 
 async def test_bytes_that_are_no_message_on_streams(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    error = await failure_of(
-        rig.channel.unary_stream("/sagecp.v1.InferenceService/Generate")(b"\xff\xff\xff")
-    )
+    generate = untyped(rig.channel).unary_stream("/sagecp.v1.InferenceService/Generate")
+    error = await failure_of(generate(b"\xff\xff\xff"))
     assert error.code() is Code.INVALID_ARGUMENT
     beats = untyped(rig.channel).stream_stream("/sagecp.v1.FleetService/Heartbeat")()
     await beats.write(b"\xff\xff\xff")

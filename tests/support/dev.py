@@ -28,7 +28,7 @@ def dev_server(*options: str) -> Iterator[str]:
         finally:
             status = program.stop()
     assert status == 0, f"sagecp dev ended with {status}:\n{program.tail()}"
-    assert "Traceback" not in program.output
+    assert_no_stack_trace(program)
 
 
 @contextlib.contextmanager
@@ -39,3 +39,10 @@ def simulated_engine(model: str, *options: str) -> Iterator[int]:
         yield int(program.wait_for_line(r"127\.0\.0\.1:([1-9]\d*)", 30)[1])
     finally:
         program.stop()
+    assert_no_stack_trace(program)
+
+
+def assert_no_stack_trace(program: Program) -> None:
+    """Fail when a program printed what no user should see."""
+    printed, found, trace = program.output.partition("Traceback")
+    assert not found, f"a stack trace was logged:\n{printed[-500:]}{found}{trace[:5000]}"

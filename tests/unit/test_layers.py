@@ -41,8 +41,8 @@ EAGER_IN_PACKAGE = {"version"}
 # What core is made of. Everything here computes; nothing here waits, reads or writes.
 CORE_LIBRARY = {
     "__future__", "abc", "array", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum",
-    "functools", "hashlib", "heapq", "ipaddress", "itertools", "json", "math", "numbers", "numpy", "operator", "random",
-    "re", "statistics", "string", "types", "typing",
+    "functools", "hashlib", "heapq", "ipaddress", "itertools", "json", "math", "numbers", "numpy",
+    "operator", "random", "re", "statistics", "string", "types", "typing",
 }  # fmt: skip
 # Calls that make a pure module depend on something outside its arguments.
 IMPURE_CALLS = {

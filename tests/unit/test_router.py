@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagecp.core import events as ev
@@ -113,6 +113,7 @@ def test_random_is_even_and_follows_its_seed() -> None:
 
 @pytest.mark.parametrize("name", ROUTING_STRATEGIES.names)
 @pytest.mark.parametrize("balancer", LOAD_BALANCERS.names)
+@settings(max_examples=30)
 @given(
     situations=st.lists(
         st.tuples(

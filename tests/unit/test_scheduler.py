@@ -1013,7 +1013,7 @@ def replay(log: list[tuple[ev.Event, float]], **config: Any) -> list[str]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_same_log_leads_to_the_same_effects(seed: int) -> None:
-    log = event_log(seed, 1500)
+    log = event_log(seed, 1000)
     first = replay(log)
     assert replay(log) == first
     assert sum(text.startswith("DispatchAttempt") for text in first) > 200
