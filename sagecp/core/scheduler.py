@@ -19,19 +19,18 @@ from sagecp.core.deadlines import DeadlineHeap
 from sagecp.core.errors import (
     ErrorReason,
     Failure,
-    IllegalTransitionError,
     ModelNotFoundError,
     RequestIdConflictError,
     RequestNotFoundError,
     SageError,
 )
 from sagecp.core.fleet import Fleet, InstanceRecord
+from sagecp.core.instance_lifecycle import InstanceLifecycle
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.request import RequestRecord
 from sagecp.core.request_queue import RequestQueue
 from sagecp.core.router.registry import make_strategy
 from sagecp.core.types import (
-    EngineCondition,
     FailoverMode,
     InstanceState,
     RequestState,
@@ -69,8 +68,7 @@ class Scheduler:
         self._requests: dict[str, RequestRecord] = {}
         # Deadlines, and the longest wait of requests without one.
         self._deadlines = DeadlineHeap()
-        # (time, instance id): when a LOST instance is forgotten.
-        self._forgets: list[tuple[float, str]] = []
+        self._instances = InstanceLifecycle(self.fleet, config)
         self._arrival_sequence = 0
         self._dispatch_sequence = 0
         # Exponentially weighted completions per second, for truthful retry delays.
@@ -83,11 +81,11 @@ class Scheduler:
             ev.AttemptProgressed: self._on_attempt_progressed,
             ev.AttemptSucceeded: self._on_attempt_succeeded,
             ev.AttemptFailed: self._on_attempt_failed,
-            ev.InstanceRegistered: self._on_instance_registered,
-            ev.InstanceDeregistered: self._on_instance_deregistered,
-            ev.HeartbeatReceived: self._on_heartbeat,
-            ev.HealthProbed: self._on_health_probed,
-            ev.DrainRequested: self._on_drain_requested,
+            ev.InstanceRegistered: self._instances.on_registered,
+            ev.InstanceDeregistered: self._instances.on_deregistered,
+            ev.HeartbeatReceived: self._instances.on_heartbeat,
+            ev.HealthProbed: self._instances.on_health_probed,
+            ev.DrainRequested: self._instances.on_drain_requested,
             ev.SchedulingConfigured: self._on_scheduling_configured,
             ev.ClockAdvanced: self._on_clock_advanced,
         }
@@ -114,12 +112,11 @@ class Scheduler:
 
     def next_timer_s(self) -> float | None:
         """Return when :class:`ClockAdvanced` is next worth sending, or ``None``."""
-        times = [
-            self._deadlines.next_s(self._requests),
-            self.fleet.next_lease_expiry_s(),
-            self._forgets[0][0] if self._forgets else None,
-        ]
-        return min((time_s for time_s in times if time_s is not None), default=None)
+        deadline_s = self._deadlines.next_s(self._requests)
+        instance_s = self._instances.next_timer_s()
+        if deadline_s is None or instance_s is None:
+            return instance_s if deadline_s is None else deadline_s
+        return min(deadline_s, instance_s)
 
     # -- the one door ------------------------------------------------------------
 
@@ -202,9 +199,8 @@ class Scheduler:
         instance = self.fleet.find(record.instance_id)
         if instance is not None and event.counts_against_engine:
             instance.failed_attempt_count += 1
-        if instance is not None and event.engine_down and instance.state is InstanceState.READY:
-            instance.unreachable = True
-            self._move(instance, InstanceState.UNHEALTHY, event.failure.message, effects)
+        if instance is not None and event.engine_down:
+            self._instances.on_unreachable(instance, event.failure.message, effects)
         mode = record.metadata.failover_mode
         # Continuing from delivered tokens needs a journal of them, which this core does not keep yet.
         if (
@@ -223,7 +219,7 @@ class Scheduler:
             self._watch(record, now)
         effects.append(fx.RequestRequeued(record, event.failure))
         if instance is not None:
-            self._finish_drain(instance, effects)
+            self._instances.finish_drain(instance, effects)
 
     def _current(self, request_id: str, epoch: int) -> RequestRecord | None:
         """Return the request if this attempt is still its present one: late news is no news."""
@@ -251,7 +247,7 @@ class Scheduler:
         # Last: releasing the place may complete a drain, which is news of its own.
         instance = None if waited else self.fleet.release(record)
         if instance is not None:
-            self._finish_drain(instance, effects)
+            self._instances.finish_drain(instance, effects)
 
     def _resolve_model(self, model: str) -> str:
         if self.fleet.serves(model):
@@ -355,108 +351,6 @@ class Scheduler:
         self.fleet.settle(instance)
         effects.append(fx.DispatchAttempt(record, record.epoch, placement.instance_id, decision))
 
-    # -- instances ---------------------------------------------------------------
-
-    def _on_instance_registered(
-        self, event: ev.InstanceRegistered, now: float, effects: list[fx.Effect]
-    ) -> None:
-        record = self.fleet.add(event.instance, event.incarnation, now)
-        effects.append(fx.InstanceChanged(record.instance_id, record.state, None, "registered"))
-        if event.incarnation:
-            self.fleet.extend_lease(record, now + self.config.lease_duration_s)
-        self._follow_condition(record, event.condition, "", effects)
-
-    def _on_instance_deregistered(
-        self, event: ev.InstanceDeregistered, now: float, effects: list[fx.Effect]
-    ) -> None:
-        record = self.fleet.get(event.instance_id, event.incarnation)
-        self.fleet.remove(record)
-        effects.append(fx.InstanceRemoved(event.instance_id, event.cause or "deregistered"))
-
-    def _on_heartbeat(self, event: ev.HeartbeatReceived, now: float, effects: list[fx.Effect]) -> None:
-        record = self.fleet.get(event.instance_id, event.incarnation)
-        record.heartbeat_s = now
-        record.gpus = event.gpus
-        record.gpu_absent_reason = event.gpu_absent_reason
-        record.follow_gauges(event.gauges)
-        self.fleet.settle(record)
-        self.fleet.extend_lease(record, now + self.config.lease_duration_s)
-        self._follow_condition(record, event.condition, event.condition_reason, effects)
-
-    def _on_health_probed(self, event: ev.HealthProbed, now: float, effects: list[fx.Effect]) -> None:
-        record = self.fleet.find(event.instance_id)
-        if record is not None:
-            record.unreachable = event.condition is EngineCondition.UNHEALTHY
-            if record.incarnation and record.state is InstanceState.LOST:
-                return  # Its agent must come back first: without a lease nobody would notice its end.
-            self._follow_condition(record, event.condition, event.condition_reason, effects)
-
-    def _on_drain_requested(self, event: ev.DrainRequested, now: float, effects: list[fx.Effect]) -> None:
-        record = self.fleet.get(event.instance_id)
-        if not event.undo:
-            record.drain = True
-            # A LOST instance starts to drain when its agent is back.
-            if record.state is not InstanceState.LOST:
-                self._drain(record, "drain requested", effects)
-            return
-        if not record.drain:
-            raise IllegalTransitionError(
-                f"instance {event.instance_id!r}", record.machine.history, InstanceState.READY
-            )
-        record.drain = False
-        if record.state is not InstanceState.LOST:
-            if record.unreachable or record.condition is EngineCondition.UNHEALTHY:
-                target = InstanceState.UNHEALTHY
-            elif record.condition is EngineCondition.HEALTHY:
-                target = InstanceState.READY
-            else:
-                target = InstanceState.STARTING
-            self._move(record, target, "drain undone", effects)
-
-    def _drain(self, record: InstanceRecord, reason: str, effects: list[fx.Effect]) -> None:
-        if record.state not in {InstanceState.DRAINING, InstanceState.DRAINED}:
-            self._move(record, InstanceState.DRAINING, reason, effects)
-            self._finish_drain(record, effects)
-
-    def _finish_drain(self, record: InstanceRecord, effects: list[fx.Effect]) -> None:
-        if record.state is InstanceState.DRAINING and record.in_flight_count == 0:
-            self._move(record, InstanceState.DRAINED, "no request is left on it", effects)
-
-    def _follow_condition(
-        self, record: InstanceRecord, condition: EngineCondition, reason: str, effects: list[fx.Effect]
-    ) -> None:
-        """Let an instance follow the health of its engine. A drain outlasts health."""
-        if condition is not EngineCondition.UNKNOWN:
-            record.condition = condition
-        if record.drain:
-            self._drain(record, "the drain goes on", effects)
-            return
-        if condition is EngineCondition.HEALTHY and record.unreachable:
-            target, why = InstanceState.UNHEALTHY, "its agent is well, but calls to its engine find nobody"
-        elif condition is EngineCondition.HEALTHY:
-            target, why = InstanceState.READY, "the engine answers"
-        elif condition is EngineCondition.UNHEALTHY:
-            target, why = InstanceState.UNHEALTHY, reason or "the engine does not answer"
-        elif condition is EngineCondition.STARTING and record.state is not InstanceState.READY:
-            target, why = InstanceState.STARTING, reason or "the engine is loading"
-        elif record.state is InstanceState.LOST:
-            target, why = InstanceState.STARTING, "the agent is back"
-        else:
-            return
-        if record.state is not target:
-            self._move(record, target, why, effects)
-        elif reason:
-            record.state_reason = reason
-
-    def _move(
-        self, record: InstanceRecord, target: InstanceState, reason: str, effects: list[fx.Effect]
-    ) -> None:
-        previous = record.state
-        record.machine.to(target)
-        record.state_reason = reason
-        self.fleet.settle(record)
-        effects.append(fx.InstanceChanged(record.instance_id, target, previous, reason))
-
     # -- configuration and time ----------------------------------------------------
 
     def _on_scheduling_configured(
@@ -473,23 +367,7 @@ class Scheduler:
         self.queue.reorder(policy)
 
     def _on_clock_advanced(self, event: ev.ClockAdvanced, now: float, effects: list[fx.Effect]) -> None:
-        for instance in self.fleet.pop_expired(now):
-            if instance.state is not InstanceState.LOST:
-                self._move(
-                    instance,
-                    InstanceState.LOST,
-                    f"no heartbeat for {self.config.lease_duration_s:g} s",
-                    effects,
-                )
-            instance.forget_s = now + self.config.lost_retention_s
-            heapq.heappush(self._forgets, (instance.forget_s, instance.instance_id))
-        while self._forgets and self._forgets[0][0] <= now:
-            forget_s, instance_id = heapq.heappop(self._forgets)
-            lost = self.fleet.find(instance_id)
-            # It may have come back since, and been lost again later.
-            if lost is not None and lost.state is InstanceState.LOST and lost.forget_s == forget_s:
-                self.fleet.remove(lost)
-                effects.append(fx.InstanceRemoved(instance_id, "lost and not seen again"))
+        self._instances.advance(now, effects)
         for record in self._deadlines.pop_due(now, self._requests):
             self._expire(record, effects)
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 
+import grpc
 import pytest
+from google.protobuf.message_factory import GetMessageClass
 
+from sagecp.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    fleet_service_pb2,
+    fleet_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+)
 from tests.support.dev import dev_server, simulated_engine
 from tests.support.documents import Block, blocks_of
 from tests.support.processes import ROOT, SAGECP, require
@@ -72,3 +83,33 @@ def test_programs(block: Block, address: str) -> None:
     assert len(result.stdout.split()) > 5, "a story was asked for"
     if README_ENGINE in block.text:
         assert "SUCCEEDED" in result.stdout
+
+
+SERVICES = (
+    (inference_service_pb2, inference_service_pb2_grpc.InferenceServiceStub, "InferenceService"),
+    (fleet_service_pb2, fleet_service_pb2_grpc.FleetServiceStub, "FleetService"),
+    (admin_service_pb2, admin_service_pb2_grpc.AdminServiceStub, "AdminService"),
+)
+
+
+def test_the_unimplemented_calls_are_the_ones_named(address: str) -> None:
+    """Every call of the contract is made once, empty: those that answer UNIMPLEMENTED are in the README."""
+    missing: set[str] = set()
+    with grpc.insecure_channel(address) as channel:
+        for module, stub_type, name in SERVICES:
+            stub = stub_type(channel)
+            for method in module.DESCRIPTOR.services_by_name[name].methods:
+                request = GetMessageClass(method.input_type)()
+                call = getattr(stub, method.name)
+                try:
+                    answer = call(iter([request]) if method.client_streaming else request, timeout=3)
+                    if method.server_streaming:
+                        next(iter(answer), None)
+                        answer.cancel()
+                except grpc.RpcError as error:
+                    assert isinstance(error, grpc.Call)  # noqa: PT017 - for the type checker
+                    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                        missing.add(method.name)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    match = re.search(r"^\* ([^*]*) answer `UNIMPLEMENTED`", text, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", match[1] if match else "")) == missing

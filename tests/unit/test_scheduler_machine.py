@@ -629,7 +629,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.now = next_s
             self.look_at_clock()
         assert not scheduler._deadlines._heap
-        assert not scheduler._forgets
+        assert not scheduler._instances._forgets
         assert not scheduler.fleet._leases
         for instance_id in sorted(self.states):
             self.feed(ev.InstanceDeregistered(instance_id))
