@@ -316,8 +316,10 @@ class ControlPlaneManager:
     ) -> PerformanceMetrics:
         """Return how the fleet does, or the part of it that passes a filter."""
         match = match or MetricsKey()
-        queued = active = 0
-        for record in self.scheduler.requests():
+        everything = match == MetricsKey()
+        queued = len(self.scheduler.queue) if everything else 0
+        active = self.scheduler.active_count if everything else 0
+        for record in () if everything else self.scheduler.requests():
             metadata = record.metadata
             instance_id = "" if record.queued else record.instance_id
             if match.matches(MetricsKey(record.model, instance_id, metadata.tenant_id, metadata.priority)):

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from sagecp.core.types import (
     DurationQuantiles,
@@ -25,6 +26,8 @@ LONGEST_WINDOW_S = 3600.0
 MAX_SAMPLE_COUNT = 50_000
 MAX_GROUP_COUNT = 10_000
 _GIB = 1 << 30
+
+Rows = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,54 @@ class _Counters:
     failed: int = 0
     cancelled: int = 0
     slo_violations: int = 0
+    # Row of the key in the samples; -1 for sums.
+    number: int = -1
+
+
+class _Samples:
+    """The latest samples as rows of numbers, so that figures over 50,000 of them take milliseconds.
+
+    What does not apply is NaN. The order of the rows means nothing.
+    """
+
+    END, LATENCY, TTFT, TPOT, QUEUE_WAIT, TOKENS, SLO_MET, SUCCEEDED, KEY = range(9)
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._rows = np.empty((min(capacity, 1024), 9))
+        self._next = 0
+        self._count = 0
+
+    def add(self, sample: EndedSample, key_number: int) -> None:
+        """Keep a sample; beyond the capacity it replaces the oldest."""
+        index = self._next
+        if index == len(self._rows):
+            larger = np.empty((min(self._capacity, 2 * index), 9))
+            larger[:index] = self._rows
+            self._rows = larger
+        # None becomes NaN on the way.
+        self._rows[index] = (
+            sample.end_s,
+            sample.latency_s,
+            sample.ttft_s,
+            sample.tpot_s,
+            sample.queue_wait_s,
+            sample.output_token_count,
+            sample.slo_met,
+            sample.state is RequestState.SUCCEEDED,
+            key_number,
+        )
+        self._count = max(self._count, index + 1)
+        self._next = (index + 1) % self._capacity
+
+    def select(self, start_s: float, passing: npt.NDArray[np.bool_]) -> Rows:
+        """Return the samples that ended at a time or later, and whose keys pass (by their numbers)."""
+        rows = self._rows[: self._count]
+        wanted = rows[:, self.END] >= start_s
+        if not passing.all():
+            wanted &= passing[rows[:, self.KEY].astype(np.intp)]
+        selected: Rows = rows[wanted]
+        return selected
 
 
 class Monitor:
@@ -83,7 +134,7 @@ class Monitor:
 
     def __init__(self, *, enabled: bool = True) -> None:
         self._enabled = enabled
-        self._samples: deque[EndedSample] = deque(maxlen=MAX_SAMPLE_COUNT)
+        self._samples = _Samples(MAX_SAMPLE_COUNT)
         self._counters: dict[MetricsKey, _Counters] = {}
         self._faults: deque[RecentFault] = deque(maxlen=20)
         self.event_loop_lag_s = 0.0
@@ -93,7 +144,7 @@ class Monitor:
         counters = self._counters.get(sample.key)
         if counters is None:
             key = sample.key if len(self._counters) < MAX_GROUP_COUNT else MetricsKey()
-            counters = self._counters.setdefault(key, _Counters())
+            counters = self._counters.setdefault(key, _Counters(number=len(self._counters)))
         if sample.state is RequestState.SUCCEEDED:
             counters.completed += 1
         elif sample.state is RequestState.CANCELLED:
@@ -103,7 +154,7 @@ class Monitor:
         if sample.slo_met is False:
             counters.slo_violations += 1
         if self._enabled:
-            self._samples.append(sample)
+            self._samples.add(sample, counters.number)
 
     def fault(self, message: str, *, instance_id: str = "", request_id: str = "") -> None:
         """Remember something that went wrong, for `GetStatus`."""
@@ -138,23 +189,20 @@ class Monitor:
             match: The filter; ``None``: everything.
         """
         totals = _Counters()
+        passing = np.zeros(len(self._counters), dtype=bool)
         for key, counters in self._counters.items():
             if match is None or match.matches(key):
+                passing[counters.number] = True
                 totals.completed += counters.completed
                 totals.failed += counters.failed
                 totals.cancelled += counters.cancelled
                 totals.slo_violations += counters.slo_violations
-        samples = []
-        for sample in reversed(self._samples):
-            if sample.end_s < now - window_s:
-                break
-            if match is None or match.matches(sample.key):
-                samples.append(sample)
-        done = [s for s in samples if s.state is RequestState.SUCCEEDED]
-        judged = [s.slo_met for s in samples if s.slo_met is not None]
-        latency = _quantiles([s.latency_s for s in done])
+        samples = self._samples.select(now - window_s, passing)
+        done = samples[samples[:, _Samples.SUCCEEDED] == 1.0]
+        judged = _known(samples[:, _Samples.SLO_MET])
+        latency = _quantiles(done[:, _Samples.LATENCY])
         # A server younger than the window has had only its own time.
-        span_s = min(window_s, max(now - samples[-1].end_s, 1.0)) if samples else window_s
+        span_s = min(window_s, max(now - samples[:, _Samples.END].min(), 1.0)) if len(samples) else window_s
         readings = list(gpus)
         utilizations = [g.utilization for g in readings if g.utilization is not None]
         total_memory = [g.total_memory_bytes for g in readings if g.total_memory_bytes is not None]
@@ -171,16 +219,16 @@ class Monitor:
             p95_latency_ms=latency.p95_s * 1000,
             p99_latency_ms=latency.p99_s * 1000,
             latency=latency,
-            ttft=_quantiles([s.ttft_s for s in done if s.ttft_s is not None]),
-            tpot=_quantiles([s.tpot_s for s in done if s.tpot_s is not None]),
-            queue_wait=_quantiles([s.queue_wait_s for s in done]),
-            tokens_per_second=sum(s.output_token_count for s in samples) / span_s,
+            ttft=_quantiles(done[:, _Samples.TTFT]),
+            tpot=_quantiles(done[:, _Samples.TPOT]),
+            queue_wait=_quantiles(done[:, _Samples.QUEUE_WAIT]),
+            tokens_per_second=float(samples[:, _Samples.TOKENS].sum()) / span_s,
             requests_per_second=len(done) / span_s,
             average_gpu_utilization=sum(utilizations) / len(utilizations) if utilizations else None,
             total_gpu_memory_gb=sum(total_memory) / _GIB if total_memory else None,
             used_gpu_memory_gb=sum(used_memory) / _GIB if used_memory else None,
             slo_violations=totals.slo_violations,
-            slo_compliance_rate=sum(judged) / len(judged) if judged else None,
+            slo_compliance_rate=float(judged.mean()) if len(judged) else None,
         )
 
     async def watch_event_loop(self, interval_s: float) -> None:
@@ -192,12 +240,17 @@ class Monitor:
             self.event_loop_lag_s = max(0.0, loop.time() - before_s - interval_s)
 
 
-def _quantiles(values_s: list[float]) -> DurationQuantiles:
-    if not values_s:
+def _known(column: Rows) -> Rows:
+    known: Rows = column[~np.isnan(column)]
+    return known
+
+
+def _quantiles(column_s: Rows) -> DurationQuantiles:
+    values_s = _known(column_s)
+    if not len(values_s):
         return DurationQuantiles()
-    array = np.asarray(values_s)
-    p50_s, p95_s, p99_s = (float(q) for q in np.quantile(array, (0.5, 0.95, 0.99)))
-    return DurationQuantiles(len(values_s), float(array.mean()), p50_s, p95_s, p99_s)
+    p50_s, p95_s, p99_s = (float(q) for q in np.quantile(values_s, (0.5, 0.95, 0.99)))
+    return DurationQuantiles(len(values_s), float(values_s.mean()), p50_s, p95_s, p99_s)
 
 
 def objectives_met(

@@ -74,6 +74,7 @@ def _fault_options(command: Any) -> Any:  # noqa: ANN401 - click decorates funct
 @click.option("--ttft-ms", type=click.FloatRange(min=0), help="Fixed time to the first token.")
 @click.option("--inter-token-ms", type=click.FloatRange(min=0), help="Fixed time between tokens.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the model's answers.")
+@click.option("--endless-answers", is_flag=True, help="Sampled answers run to max_tokens, as greedy ones do.")
 @click.option("--max-model-len", default=8192, show_default=True, help="Context length, in tokens.")
 @click.option("--max-num-seqs", default=256, show_default=True, help="Requests that run at once.")
 @click.option("--max-num-batched-tokens", default=2048, show_default=True, help="Token budget of a step.")
@@ -106,6 +107,7 @@ def engine_sim(
     ttft_ms: float | None,
     inter_token_ms: float | None,
     seed: int,
+    endless_answers: bool,
     max_model_len: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
@@ -138,6 +140,7 @@ def engine_sim(
             time_to_first_token_s=None if ttft_ms is None else ttft_ms / _MILLISECONDS,
             inter_token_s=None if inter_token_ms is None else inter_token_ms / _MILLISECONDS,
             seed=seed,
+            endless_answers=endless_answers,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

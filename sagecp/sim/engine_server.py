@@ -311,7 +311,7 @@ class EngineServer:
                     self.config.seed,
                     prompt,
                     None if sampling_seed is None else sampling_seed + number * _CHOICE_STRIDE,
-                    endless=call.ignore_eos,
+                    endless=call.ignore_eos or self.config.endless_answers,
                 )
                 engine_request = EngineRequest(
                     f"{head.response_id}-{next(self._sequence)}",

@@ -25,6 +25,7 @@ class EngineServerConfig:
         time_to_first_token_s: With profile ``fixed``: from arrival to the first token.
         inter_token_s: With profile ``fixed``: between tokens.
         seed: The model's seed: two engines with the same one give the same greedy answers.
+        endless_answers: Sampled answers, too, run to their ``max_tokens``.
         max_model_len: Longest sequence, prompt and answer, in tokens.
         max_num_seqs: Requests that run at once.
         max_num_batched_tokens: Tokens of one step.
@@ -46,6 +47,7 @@ class EngineServerConfig:
     time_to_first_token_s: float | None = None
     inter_token_s: float | None = None
     seed: int = 0
+    endless_answers: bool = False
     max_model_len: int = 8192
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048

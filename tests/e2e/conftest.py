@@ -27,7 +27,7 @@ from sagecp.v1 import (
     inference_service_pb2_grpc,
     instance_pb2,
 )
-from tests.support.processes import SAGECP, Program, eventually, free_port
+from tests.support.processes import SAGECP, Program, eventually, free_ports
 
 RECIPE = Path(__file__).parent / "engine"
 MODEL = "tiny"
@@ -120,7 +120,9 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engines(logs: Path) -> Iterator[dict[str, Engine]]:
     subprocess.run([RECIPE / "install.sh"], check=True, stdout=subprocess.DEVNULL)
-    started = {name: start_engine(name, free_port(), logs) for name in ("engine-a", "engine-b")}
+    names = ("engine-a", "engine-b")
+    ports = free_ports(len(names))
+    started = {name: start_engine(name, port, logs) for name, port in zip(names, ports, strict=True)}
     try:
         for engine in started.values():
             engine.wait_until_healthy()

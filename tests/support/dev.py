@@ -16,7 +16,11 @@ def dev_server(*options: str) -> Iterator[str]:
     """Run `sagecp dev` and yield the address of its control plane once everything is ready."""
     with tempfile.TemporaryDirectory() as folder:
         ready_file = Path(folder, "ready.json")
-        program = Program("sagecp dev", [SAGECP, "dev", "--port", "0", "--ready-file", ready_file, *options])
+        # An answer that happens to end at once would fail what is written for longer ones.
+        command: list[str | Path] = [SAGECP, "dev", "--port", "0", "--ready-file", ready_file, *options]
+        if "--engine-options" not in options:
+            command += ["--engine-options", "--endless-answers"]
+        program = Program("sagecp dev", command)
 
         def is_ready() -> bool:
             assert program.process.poll() is None, f"sagecp dev ended:\n{program.tail()}"
@@ -34,7 +38,10 @@ def dev_server(*options: str) -> Iterator[str]:
 @contextlib.contextmanager
 def simulated_engine(model: str, *options: str) -> Iterator[int]:
     """Run `sagecp engine-sim` and yield its port once it answers."""
-    program = Program("sagecp engine-sim", [SAGECP, "engine-sim", "--port", "0", "--model", model, *options])
+    program = Program(
+        "sagecp engine-sim",
+        [SAGECP, "engine-sim", "--port", "0", "--model", model, "--endless-answers", *options],
+    )
     try:
         yield int(program.wait_for_line(r"127\.0\.0\.1:([1-9]\d*)", 30)[1])
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -151,12 +152,23 @@ def require(tool: str, why: str) -> Path:
     return Path(found)
 
 
-def free_port() -> int:
-    """Return a loopback port that is free now, for programs that cannot take port 0."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """Return different loopback ports that are free now, for programs that cannot take port 0.
+
+    Below the range that Linux hands out by itself: a program that takes half a
+    minute to listen would find a port of that range taken by some connection.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in found:
+            found.append(port)
+    return found
 
 
 def eventually(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -13,7 +13,7 @@ import grpc.aio
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from sagecp.config import RuntimeConfig, ServerConfig
+from sagecp.config import EngineConfig, RuntimeConfig, ServerConfig
 from sagecp.core.config import SchedulerConfig
 from sagecp.rpc.server import ControlPlaneServer
 from sagecp.runtime.manager import ControlPlaneManager
@@ -59,14 +59,20 @@ class Rig:
         return admin_service_pb2_grpc.AdminServiceStub(self.channel)
 
     async def add_engine(
-        self, instance_id: str = "e1", *, model: str = MODEL, limit: int | None = None, incarnation: int = 0
+        self,
+        instance_id: str = "e1",
+        *,
+        model: str = MODEL,
+        limit: int | None = None,
+        incarnation: int = 0,
+        url: str = "",
     ) -> ScriptedEngine:
         """Register an instance over RPC and return its engine once it takes work."""
+        spec = self.spec(instance_id, model=model, limit=limit)
+        if url:
+            spec.engine_url = url
         await self.instances.RegisterInstance(
-            fleet_service_pb2.RegisterInstanceRequest(
-                spec=self.spec(instance_id, model=model, limit=limit), incarnation=incarnation
-            ),
-            timeout=WAIT_S,
+            fleet_service_pb2.RegisterInstanceRequest(spec=spec, incarnation=incarnation), timeout=WAIT_S
         )
         if incarnation == 0:
             await until(
@@ -141,23 +147,29 @@ async def running_rig(
     runtime: RuntimeConfig | None = None,
     channel_options: Sequence[tuple[str, int]] = (),
     credentials: grpc.ChannelCredentials | None = None,
-    prepare: Callable[[ControlPlaneServer], None] | None = None,
+    engine: EngineConfig | None = None,
+    scripted: bool = True,
     **config: Any,
 ) -> AsyncIterator[Rig]:
-    """Run a server and yield it with a channel of its own to it."""
+    """Run a server and yield it with a channel of its own to it.
+
+    Its engines are scripted, unless it should speak to real ones.
+    """
     fleet = ScriptedFleet()
     settings = ServerConfig(
         listen="127.0.0.1:0",
         scheduler=scheduler or SchedulerConfig(),
         runtime=runtime or RuntimeConfig(),
+        engine=engine or EngineConfig(),
         **config,
     )
     manager = ControlPlaneManager(
-        scheduler=settings.scheduler, runtime=settings.runtime, client_factory=fleet
+        scheduler=settings.scheduler,
+        runtime=settings.runtime,
+        engine=settings.engine,
+        client_factory=fleet if scripted else None,
     )
     server = ControlPlaneServer(settings.validate(), manager)
-    if prepare is not None:
-        prepare(server)
     await server.start()
     options = [("grpc.use_local_subchannel_pool", 1), *channel_options]
     channel = (

@@ -213,3 +213,14 @@ async def test_a_blocked_event_loop_shows() -> None:
     await until(lambda: monitor.event_loop_lag_s > 0.05)
     watch.cancel()
     await asyncio.gather(watch, return_exceptions=True)
+
+
+def test_the_newest_samples_stay_when_there_are_more_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "MAX_SAMPLE_COUNT", 2500)
+    monitor = Monitor()
+    for number in range(4000):
+        monitor.record(sample(float(number), latency_s=float(number)))
+    metrics = monitor.metrics(4000.0, window_s=3600.0)
+    assert metrics.latency.sample_count == 2500
+    assert metrics.latency.mean_s == pytest.approx((1500 + 3999) / 2)
+    assert monitor.metrics(4000.0, window_s=10.0).latency.sample_count == 10
