@@ -176,8 +176,10 @@ def instance_violations(instance: ExecutionInstance) -> Iterator[FieldViolation]
             yield FieldViolation(f"parallel_sizes.{name}_parallel_size", f"is {size}; must be 1 to 4096")
     if not 0 <= instance.gpu_count <= 4096:
         yield FieldViolation("gpu_count", f"is {instance.gpu_count}; must be 0 to 4096")
-    for name in ("gpu_memory_gb", "usd_per_gpu_hour"):
-        number = getattr(instance, name)
+    for name, number in (
+        ("gpu_memory_gib", instance.gpu_memory_gb),
+        ("usd_per_gpu_hour", instance.usd_per_gpu_hour),
+    ):
         if number is not None and not (number >= 0 and math.isfinite(number)):
             yield FieldViolation(name, f"is {number:g}; must be 0 or more")
     for name in (

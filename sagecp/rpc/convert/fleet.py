@@ -176,6 +176,8 @@ def heartbeat_from_proto(beat: fleet_service_pb2.HeartbeatRequest) -> HeartbeatR
     )
 
 
+# A full cache may be reported as a little more than full; that must not cost the instance its lease.
+_ROUNDING = 0.01
 _CONDITIONS = frozenset(condition.value for condition in EngineCondition)
 
 
@@ -183,10 +185,12 @@ def _gauges_from_proto(gauges: instance_pb2.EngineGauges) -> EngineGauges:
     # Only what is set: an absent gauge is unknown, not zero.
     values = {descriptor.name: value for descriptor, value in gauges.ListFields()}
     usage = values.get("key_value_cache_usage")
-    if usage is not None and not 0.0 <= usage <= 1.0:
-        raise InvalidRequestError(
-            [FieldViolation("engine.key_value_cache_usage", f"is {usage:g}; must be 0 to 1")]
-        )
+    if usage is not None:
+        if not 0.0 <= usage <= 1.0 + _ROUNDING:
+            raise InvalidRequestError(
+                [FieldViolation("engine.key_value_cache_usage", f"is {usage:g}; must be 0 to 1")]
+            )
+        values["key_value_cache_usage"] = min(usage, 1.0)
     return EngineGauges(**values)
 
 
