@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from sagecp.core.errors import FieldViolation, InvalidRequestError
 from sagecp.core.types import ExecutionInstance, RequestMetadata, SamplingParameters
@@ -38,13 +38,17 @@ _INTEGER_RANGES = (
 )
 
 
-def check_request(metadata: RequestMetadata) -> None:
+def check_request(metadata: RequestMetadata, further: Iterable[FieldViolation] = ()) -> None:
     """Make sure that a request can be handed to the core.
+
+    Args:
+        metadata: The request.
+        further: What the caller found wrong with it besides.
 
     Raises:
         InvalidRequestError: Names every bad field at once.
     """
-    violations = list(request_violations(metadata))
+    violations = [*request_violations(metadata), *further]
     if violations:
         raise InvalidRequestError(violations)
 

@@ -14,7 +14,6 @@ from sagecp.config import EngineConfig, RuntimeConfig
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.errors import (
-    InvalidRequestError,
     RequestFailedError,
     RequestIdConflictError,
     ShuttingDownError,
@@ -30,7 +29,7 @@ from sagecp.core.types import (
     RequestStatus,
     SchedulingDecision,
 )
-from sagecp.core.validation import check_instance, request_violations
+from sagecp.core.validation import check_instance, check_request
 from sagecp.runtime.control_loop import ControlLoop
 from sagecp.runtime.engines.base import EngineDelta
 from sagecp.runtime.engines.request_body import body_violations
@@ -145,9 +144,7 @@ class ControlPlaneManager:
             checked: Its fields were checked already.
         """
         if not checked:
-            violations = [*request_violations(request), *body_violations(request)]
-            if violations:
-                raise InvalidRequestError(violations)
+            check_request(request, body_violations(request))
         if request.request_id:
             digest = fingerprint(request)
             known = self._loop.requests.find(request.request_id)

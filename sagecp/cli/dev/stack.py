@@ -19,10 +19,6 @@ _STOP_TIMEOUT_S = 4.0
 _DRAIN_TIMEOUT = "2s"
 
 
-class StackError(Exception):
-    """The stack did not become ready; the text says why."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackPlan:
     """What to start.
@@ -76,7 +72,7 @@ class Stack:
         """Start everything and return when every instance takes work.
 
         Raises:
-            StackError: Something ended, or not everything was ready in time.
+            TimeoutError: Not everything was ready in time.
             ChildEndedError: A process ended before it was of any use.
         """
         plan = self.plan

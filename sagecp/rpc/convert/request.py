@@ -186,9 +186,6 @@ def _read_sampling(sampling: request_pb2.SamplingParameters, values: dict[str, A
             parameters[name] = struct_to_json(value)
         else:
             parameters[name] = value
-    # A field that is set to its default value is still set.
-    if sampling.HasField("max_tokens"):
-        values["max_tokens"] = sampling.max_tokens
     values["sampling"] = SamplingParameters(**parameters)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
@@ -17,22 +17,6 @@ from sagecp.v1 import inference_service_pb2 as pb
 # A message is closed beyond either: a late reader of a long output gets it in pieces.
 _MAX_DELTAS_PER_CHUNK = 512
 _MAX_RAW_BYTES_PER_CHUNK = 256 << 10
-
-
-class StreamMessage(Protocol):
-    """``StreamResponse`` or ``GenerateResponse``: their events have the same fields."""
-
-    @property
-    def opened(self) -> pb.StreamOpened:
-        """First message."""
-
-    @property
-    def chunk(self) -> pb.TokenChunk:
-        """Output."""
-
-    @property
-    def terminal(self) -> pb.StreamTerminal:
-        """Last message."""
 
 
 async def relay_output(

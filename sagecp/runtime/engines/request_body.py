@@ -41,9 +41,9 @@ def body_violations(metadata: RequestMetadata) -> Iterator[FieldViolation]:
     """
     if metadata.openai_body:
         try:
-            _RAW_OBJECT.decode(metadata.openai_body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            yield FieldViolation("prompt.openai.json", f"is not a JSON object: {error}")
+            _decode_object(metadata.openai_body)
+        except InvalidRequestError as error:
+            yield from error.violations
         return
     sampling = metadata.sampling
     for name in sorted(sampling.engine_extras):
@@ -68,6 +68,16 @@ def body_violations(metadata: RequestMetadata) -> Iterator[FieldViolation]:
             yield FieldViolation(where, "is empty; give at least one option, or leave it out")
 
 
+def _decode_object(body: bytes) -> dict[str, msgspec.Raw]:
+    """Return the members of an opaque body, each still as JSON."""
+    try:
+        return _RAW_OBJECT.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(
+            [FieldViolation("prompt.openai.json", f"is not a JSON object: {error}")]
+        ) from error
+
+
 def make_engine_call(metadata: RequestMetadata, model: str, *, token_ids: bool) -> EngineCall:
     """Build the call that runs a request.
 
@@ -79,11 +89,11 @@ def make_engine_call(metadata: RequestMetadata, model: str, *, token_ids: bool) 
     Raises:
         InvalidRequestError: As `body_violations` tells; or it holds what JSON cannot express.
     """
+    if metadata.openai_body:
+        return _opaque_call(metadata, model)
     violations = list(body_violations(metadata))
     if violations:
         raise InvalidRequestError(violations)
-    if metadata.openai_body:
-        return _opaque_call(metadata, model)
     body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     # vLLM leaves the echoed prompt out of a stream that also carries token ids.
     if token_ids and not metadata.sampling.echo:
@@ -153,7 +163,7 @@ def _add_structured_output(body: dict[str, Any], constraint: Mapping[str, Any]) 
 
 
 def _opaque_call(metadata: RequestMetadata, model: str) -> EngineCall:
-    fields = _RAW_OBJECT.decode(metadata.openai_body)
+    fields = _decode_object(metadata.openai_body)
     fields["stream"] = _TRUE
     fields["stream_options"] = _STREAM_OPTIONS
     fields["model"] = msgspec.Raw(_ENCODER.encode(model))
