@@ -3,8 +3,8 @@
 One cycle is a whole request as the core sees it: it is submitted, some request
 is dispatched, it delivers its first token and it finishes: three events. In
 the column `idle` the queue is empty and every instance has room, so that the
-submission itself dispatches, over all instances. In the others every instance
-is full and the queue has that depth, so that a submission waits and each
+submission itself dispatches, over all instances or a sample of a large fleet.
+In the others every instance is full and the queue has that depth, so that a submission waits and each
 finish dispatches the head of the queue.
 
 Figures are medians over batches of cycles, in microseconds of this thread's
@@ -27,12 +27,15 @@ from collections.abc import Sequence
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
+from sagecp.core.prediction.priors import prior_for
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.types import EngineCondition, ExecutionInstance, RequestMetadata
 
 MODEL = "bench-model"
 PROMPT = "Say in one sentence what a control plane is. " * 8
 CONCURRENCY_LIMIT = 4
+# Of known speed, so that gates, pacing and admission are at work.
+STEP_TIME = prior_for("NVIDIA H100 80GB HBM3", "llama-3-8b").parameters
 STEP_S = 0.001
 CYCLES_PER_BATCH = 10
 
@@ -62,6 +65,7 @@ class Fleet:
                 model_name=MODEL,
                 max_concurrent_request_count=CONCURRENCY_LIMIT,
                 key_value_token_capacity=500_000,
+                step_time=STEP_TIME,
             )
             self.feed(ev.InstanceRegistered(instance, condition=EngineCondition.HEALTHY))
 

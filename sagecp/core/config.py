@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,6 +14,7 @@ class SchedulerConfig:
         scheduling_policy: A name of `core.policies.registry`.
         routing_strategy: A name of `core.router.registry`.
         load_balancer: Likewise; used by the ``load_balanced`` strategy.
+        parameters: Values of parameters of the three that differ from their defaults.
         max_queued_request_count: Most requests that may wait.
         max_queued_bytes: Most prompt bytes that may wait.
         max_instance_count: Most instances that may be registered.
@@ -27,6 +29,7 @@ class SchedulerConfig:
     scheduling_policy: str = "adaptive"
     routing_strategy: str = "load_balanced"
     load_balancer: str = "predicted_latency"
+    parameters: Mapping[str, float] = field(default_factory=dict)
     max_queued_request_count: int = 100_000
     max_queued_bytes: int = 1 << 30
     max_instance_count: int = 20_000

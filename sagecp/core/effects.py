@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sagecp.core.errors import Failure, SageError
 from sagecp.core.request import RequestRecord
+from sagecp.core.settings import SchedulingSettings
 from sagecp.core.types import InstanceState, RequestState, SchedulingDecision
 
 
@@ -78,6 +79,13 @@ class InstanceRemoved:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class SettingsChanged:
+    """New settings are in force."""
+
+    settings: SchedulingSettings
+
+
 Effect = (
     RequestAccepted
     | RequestRejected
@@ -87,4 +95,5 @@ Effect = (
     | RequestEnded
     | InstanceChanged
     | InstanceRemoved
+    | SettingsChanged
 )

@@ -41,6 +41,7 @@ class ErrorReason(enum.Enum):
     INFEASIBLE = 24
     FLEET_FULL = 25
     TOO_MANY_STREAMS = 26
+    SETTINGS_VERSION_CONFLICT = 27
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,22 @@ class FleetFullError(SageError):
     """A bound on the number of registered instances was reached."""
 
     reason = ErrorReason.FLEET_FULL
+
+
+class InfeasibleError(SageError):
+    """A deadline or a budget cannot be met; carries the predicted figure."""
+
+    reason = ErrorReason.INFEASIBLE
+
+
+class SettingsVersionError(SageError):
+    """Another version of the scheduling settings is in force, or one is not kept any more."""
+
+    reason = ErrorReason.SETTINGS_VERSION_CONFLICT
+
+    def __init__(self, message: str, *, version: int) -> None:
+        super().__init__(message, version=str(version))
+        self.version = version
 
 
 class ShuttingDownError(SageError):

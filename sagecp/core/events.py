@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sagecp.core.errors import Failure
+from sagecp.core.settings import SettingsChange
 from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, GpuReading, RequestMetadata
 
 
@@ -45,11 +46,15 @@ class AttemptSucceeded:
 
     Attributes:
         output_token_count: Tokens produced, over all choices.
+        prompt_token_count: As the engine counted it; ``None``: unknown.
+        cached_prompt_token_count: Prompt tokens that the engine had cached; ``None``: unknown.
     """
 
     request_id: str
     epoch: int
     output_token_count: int = 0
+    prompt_token_count: int | None = None
+    cached_prompt_token_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +130,9 @@ class DrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class SchedulingConfigured:
-    """The names of policy, strategy and balancer change while the core runs."""
+    """The settings change while the core runs."""
 
-    scheduling_policy: str
-    routing_strategy: str
-    load_balancer: str
+    change: SettingsChange
 
 
 @dataclass(frozen=True, slots=True)

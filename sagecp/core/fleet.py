@@ -13,6 +13,8 @@ from sagecp.core.errors import (
     InvalidRequestError,
     StaleIncarnationError,
 )
+from sagecp.core.instance_load import InstanceLoad
+from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.request import RequestRecord
 from sagecp.core.states import INSTANCE_TRANSITIONS, StateMachine
 from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, GpuReading, InstanceState
@@ -44,9 +46,15 @@ class InstanceRecord:
         reserved_token_count: Tokens that they are expected to hold at their ends.
         spare_token_count: What one more may hold; infinite where nothing limits it.
         forget_s: When it is no longer listed, while it is LOST.
+        load: Its work and its speed, by estimate.
+        gate_closed: It has as much prefill work as it can usefully hold: what more there
+            is waits here, where it can still be ordered and placed.
+        gate_opens_s: When that should be over, on the core's clock.
     """
 
-    def __init__(self, spec: ExecutionInstance, incarnation: int, now: float, default_limit: int) -> None:
+    def __init__(
+        self, spec: ExecutionInstance, incarnation: int, now: float, default_limit: int, load: InstanceLoad
+    ) -> None:
         self.spec = spec
         self.instance_id = spec.instance_id
         self.incarnation = incarnation
@@ -68,6 +76,10 @@ class InstanceRecord:
         self.in_flight_count = 0
         self.reserved_token_count = 0
         self.spare_token_count = math.inf
+        self.load = load
+        self.gate_closed = False
+        self.gate_opens_s = -math.inf
+        self.usd_per_hour = (spec.usd_per_gpu_hour or 0.0) * max(1, spec.gpu_count)
         self.latency_estimate_s: float | None = None
         self.ttft_estimate_s: float | None = None
         self.tpot_estimate_s: float | None = None
@@ -94,7 +106,7 @@ class InstanceRecord:
             return False
         if self.in_flight_count == 0:
             return True
-        if self.in_flight_count >= self.concurrency_limit:
+        if self.gate_closed or self.in_flight_count >= self.concurrency_limit:
             return False
         gauges = self.gauges
         return (
@@ -143,6 +155,9 @@ class InstanceRecord:
         self.in_flight = previous.in_flight
         self._reserve(sum(map(self.token_need, self.in_flight.values())))
         self.drain = previous.drain
+        if self.load.kind is previous.load.kind:
+            self.load = previous.load
+            self.gate_closed, self.gate_opens_s = previous.gate_closed, previous.gate_opens_s
         self.latency_estimate_s = previous.latency_estimate_s
         self.ttft_estimate_s = previous.ttft_estimate_s
         self.tpot_estimate_s = previous.tpot_estimate_s
@@ -191,6 +206,52 @@ def _smooth(estimate: float | None, sample: float) -> float:
     return sample if estimate is None else estimate + LATENCY_SMOOTHING * (sample - estimate)
 
 
+class OpenInstances:
+    """Instances that are open for one model, the fewest requests first.
+
+    Buckets by the number of requests, so that a change costs O(1) and the first
+    few can be had without looking at the rest.
+    """
+
+    __slots__ = ("_buckets", "_count_of")
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, dict[str, InstanceRecord]] = {}
+        self._count_of: dict[str, int] = {}
+
+    def put(self, record: InstanceRecord) -> None:
+        """Add a record, or move it to where its present number of requests belongs."""
+        instance_id = record.instance_id
+        before = self._count_of.get(instance_id)
+        count = record.in_flight_count
+        if before == count:
+            self._buckets[count][instance_id] = record
+            return
+        if before is not None:
+            self._leave(instance_id, before)
+        self._count_of[instance_id] = count
+        self._buckets.setdefault(count, {})[instance_id] = record
+
+    def discard(self, record: InstanceRecord) -> None:
+        """Take a record out, if it is here."""
+        count = self._count_of.pop(record.instance_id, None)
+        if count is not None:
+            self._leave(record.instance_id, count)
+
+    def _leave(self, instance_id: str, count: int) -> None:
+        bucket = self._buckets[count]
+        del bucket[instance_id]
+        if not bucket:
+            del self._buckets[count]
+
+    def __len__(self) -> int:
+        return len(self._count_of)
+
+    def __iter__(self) -> Iterator[InstanceRecord]:
+        for count in sorted(self._buckets):
+            yield from self._buckets[count].values()
+
+
 class Fleet:
     """All instances, by id and by served model, with their leases.
 
@@ -200,12 +261,21 @@ class Fleet:
     Args:
         max_instance_count: Most instances that may be registered.
         default_concurrency_limit: For instances that do not say theirs.
+        book: What is known of instances of their kinds.
     """
 
-    def __init__(self, max_instance_count: int, default_concurrency_limit: int) -> None:
+    def __init__(
+        self, max_instance_count: int, default_concurrency_limit: int, book: PredictionBook | None = None
+    ) -> None:
+        self._book = book or PredictionBook()
         self._instances: dict[str, InstanceRecord] = {}
         self._by_model: dict[str, dict[str, InstanceRecord]] = {}
-        self._open_by_model: dict[str, dict[str, InstanceRecord]] = {}
+        self._open_by_model: dict[str, OpenInstances] = {}
+        # (time, unique number, record): when closed gates should open.
+        self._openings: list[tuple[float, int, InstanceRecord]] = []
+        self._opening_number = 0
+        # Counts changes of which instances exist.
+        self.membership_version = 0
         # How many instances have a name as their first one.
         self._primary_counts: dict[str, int] = {}
         # Instances that left while requests ran on them, until those have ended.
@@ -225,6 +295,10 @@ class Fleet:
     def find(self, instance_id: str) -> InstanceRecord | None:
         """Return an instance, or ``None``."""
         return self._instances.get(instance_id)
+
+    def holder(self, instance_id: str) -> InstanceRecord | None:
+        """Return the record that counts what runs on an instance, be it registered or not; or ``None``."""
+        return self._instances.get(instance_id) or self._departed.get(instance_id)
 
     def get(self, instance_id: str, incarnation: int = 0) -> InstanceRecord:
         """Return an instance; ``incarnation`` 0 matches any.
@@ -252,18 +326,96 @@ class Fleet:
         """Return the instances that serve a model, whatever their state."""
         return list(self._by_model.get(model, {}).values())
 
+    def first_serving(self, model: str) -> InstanceRecord | None:
+        """Return the instance that has served a model longest, whatever its state; ``None``: none."""
+        served = self._by_model.get(model)
+        return next(iter(served.values())) if served else None
+
+    def ready_count(self, model: str) -> int:
+        """Return how many READY instances serve a model. O(n) of them."""
+        return sum(1 for each in self._by_model.get(model, {}).values() if each.state is InstanceState.READY)
+
     def is_open(self, model: str) -> bool:
         """Return whether any instance that serves the model is open."""
         return model in self._open_by_model
 
-    def with_room_for(self, request: RequestRecord) -> list[InstanceRecord]:
-        """Return the instances that can usefully take a request now, in a reproducible order."""
+    def with_room_for(self, request: RequestRecord, limit: int | None = None) -> list[InstanceRecord]:
+        """Return the instances that can usefully take a request now, in a reproducible order.
+
+        Args:
+            request: The request.
+            limit: Most to return: those with the fewest requests; ``None``: all.
+        """
         instances = self._open_by_model.get(request.model)
         if instances is None:
             return []
         # The estimate is never below what an instance makes of it: most need no closer look.
         expected = request.expected_token_count
-        return [i for i in instances.values() if i.spare_token_count >= expected or i.fits(request)]
+        found = []
+        for instance in instances:
+            if instance.spare_token_count >= expected or instance.fits(request):
+                found.append(instance)
+                if len(found) == limit:
+                    break
+        return found
+
+    def closed_gates(self, model: str, limit: int) -> list[InstanceRecord]:
+        """Return instances that only wait for prefill work to be done, the next to open first."""
+        found: list[InstanceRecord] = []
+        # A heap is nearly sorted at its front, which is all that matters here.
+        for _, _, record in self._openings[: 4 * limit]:
+            if (
+                record.gate_closed
+                and record.state is InstanceState.READY
+                and model in record.spec.served_models
+                and record not in found
+                and self._instances.get(record.instance_id) is record
+            ):
+                found.append(record)
+                if len(found) == limit:
+                    break
+        return found
+
+    def close_gate(self, record: InstanceRecord, opens_s: float) -> None:
+        """Hold work back from an instance until a time."""
+        if not record.gate_closed or opens_s != record.gate_opens_s:
+            record.gate_closed = True
+            record.gate_opens_s = opens_s
+            self._opening_number += 1
+            heapq.heappush(self._openings, (opens_s, self._opening_number, record))
+            self.settle(record)
+
+    def open_gate(self, record: InstanceRecord) -> None:
+        """Let an instance have work again."""
+        if record.gate_closed:
+            record.gate_closed = False
+            self.settle(record)
+
+    def next_opening_s(self) -> float | None:
+        """Return when the next closed gate should open, or ``None``."""
+        openings = self._openings
+        while openings and not self._opens(openings[0]):
+            heapq.heappop(openings)
+        return openings[0][0] if openings else None
+
+    def pop_openings(self, now: float) -> list[InstanceRecord]:
+        """Return the instances whose gates should open by now."""
+        due = []
+        openings = self._openings
+        while openings and openings[0][0] <= now:
+            entry = heapq.heappop(openings)
+            if self._opens(entry):
+                due.append(entry[2])
+        return due
+
+    def _opens(self, entry: tuple[float, int, InstanceRecord]) -> bool:
+        """Whether an entry still says when a gate opens: it may have been moved, or its instance gone."""
+        time_s, _, record = entry
+        return (
+            record.gate_closed
+            and record.gate_opens_s == time_s
+            and self._instances.get(record.instance_id) is record
+        )
 
     def only_model(self) -> str | None:
         """Return the one model that every instance has as its first; ``None``: none, or several."""
@@ -276,14 +428,17 @@ class Fleet:
         is_open = record.is_open
         for model in record.spec.served_models:
             if is_open:
-                self._open_by_model.setdefault(model, {})[record.instance_id] = record
+                opened = self._open_by_model.get(model)
+                if opened is None:
+                    opened = self._open_by_model[model] = OpenInstances()
+                opened.put(record)
             else:
                 self._close(model, record)
 
     def _close(self, model: str, record: InstanceRecord) -> None:
         opened = self._open_by_model.get(model)
         if opened is not None:
-            opened.pop(record.instance_id, None)
+            opened.discard(record)
             if not opened:
                 del self._open_by_model[model]
 
@@ -325,7 +480,9 @@ class Fleet:
             )
         if previous is not None:
             self._unlink(previous)
-        record = InstanceRecord(spec, incarnation, now, self._default_limit)
+        load = InstanceLoad(self._book.kind_of(spec), now)
+        record = InstanceRecord(spec, incarnation, now, self._default_limit, load)
+        self.membership_version += 1
         earlier = previous or self._departed.pop(spec.instance_id, None)
         if earlier is not None:
             record.inherit(earlier)
@@ -333,11 +490,16 @@ class Fleet:
         for model in spec.served_models:
             self._by_model.setdefault(model, {})[spec.instance_id] = record
         self._primary_counts[spec.model_name] = self._primary_counts.get(spec.model_name, 0) + 1
+        if record.gate_closed:
+            # Taken over with the load; its time is noted with the record it was closed for.
+            record.gate_closed = False
+            self.close_gate(record, record.gate_opens_s)
         return record
 
     def remove(self, record: InstanceRecord) -> None:
         """Forget an instance. Requests on it run on."""
         self._unlink(record)
+        self.membership_version += 1
         del self._instances[record.instance_id]
         if record.in_flight:
             record.drain = False

@@ -9,7 +9,23 @@ from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.errors import IllegalTransitionError
 from sagecp.core.fleet import Fleet, InstanceRecord
-from sagecp.core.types import EngineCondition, InstanceState
+from sagecp.core.prefix_index import PrefixIndex
+from sagecp.core.prompt_digest import BLOCK_TOKEN_COUNT as DIGEST_BLOCK_TOKENS
+from sagecp.core.types import EngineCondition, EngineGauges, InstanceState
+
+# Cached tokens to expect of an engine that does not say how many fit.
+UNKNOWN_CAPACITY_TOKENS = 100_000
+
+
+def _restarted(before: EngineGauges | None, after: EngineGauges | None) -> bool:
+    """Return whether counters that run from an engine's start went back."""
+    return (
+        before is not None
+        and after is not None
+        and before.prompt_token_count is not None
+        and after.prompt_token_count is not None
+        and after.prompt_token_count < before.prompt_token_count
+    )
 
 
 class InstanceLifecycle:
@@ -17,11 +33,13 @@ class InstanceLifecycle:
 
     Args:
         fleet: The instances.
+        prefixes: What is forgotten of an instance that restarts.
         config: Lease and retention times.
     """
 
-    def __init__(self, fleet: Fleet, config: SchedulerConfig) -> None:
+    def __init__(self, fleet: Fleet, prefixes: PrefixIndex, config: SchedulerConfig) -> None:
         self._fleet = fleet
+        self._prefixes = prefixes
         self._config = config
         # (time, instance id): when a LOST instance is forgotten.
         self._forgets: list[tuple[float, str]] = []
@@ -29,6 +47,10 @@ class InstanceLifecycle:
     def on_registered(self, event: ev.InstanceRegistered, now: float, effects: list[fx.Effect]) -> None:
         """An instance joins, or a newer incarnation replaces an older one."""
         record = self._fleet.add(event.instance, event.incarnation, now)
+        # A new registration may mean a new engine: its cache is taken for empty.
+        self._prefixes.remove_instance(record.instance_id)
+        capacity = event.instance.key_value_token_capacity or UNKNOWN_CAPACITY_TOKENS
+        self._prefixes.add_instance(record.instance_id, capacity // DIGEST_BLOCK_TOKENS)
         effects.append(fx.InstanceChanged(record.instance_id, record.state, None, "registered"))
         if event.incarnation:
             self._fleet.extend_lease(record, now + self._config.lease_duration_s)
@@ -37,7 +59,7 @@ class InstanceLifecycle:
     def on_deregistered(self, event: ev.InstanceDeregistered, now: float, effects: list[fx.Effect]) -> None:
         """An instance leaves."""
         record = self._fleet.get(event.instance_id, event.incarnation)
-        self._fleet.remove(record)
+        self._remove(record)
         effects.append(fx.InstanceRemoved(event.instance_id, event.cause or "deregistered"))
 
     def on_heartbeat(self, event: ev.HeartbeatReceived, now: float, effects: list[fx.Effect]) -> None:
@@ -46,6 +68,11 @@ class InstanceLifecycle:
         record.heartbeat_s = now
         record.gpus = event.gpus
         record.gpu_absent_reason = event.gpu_absent_reason
+        if _restarted(record.gauges, event.gauges):
+            record.load.forget(now)
+            self._prefixes.remove_instance(record.instance_id)
+            capacity = record.spec.key_value_token_capacity or UNKNOWN_CAPACITY_TOKENS
+            self._prefixes.add_instance(record.instance_id, capacity // DIGEST_BLOCK_TOKENS)
         record.follow_gauges(event.gauges)
         self._fleet.settle(record)
         self._fleet.extend_lease(record, now + self._config.lease_duration_s)
@@ -106,7 +133,7 @@ class InstanceLifecycle:
             lost = self._fleet.find(instance_id)
             # It may have come back since, and been lost again later.
             if lost is not None and lost.state is InstanceState.LOST and lost.forget_s == forget_s:
-                self._fleet.remove(lost)
+                self._remove(lost)
                 effects.append(fx.InstanceRemoved(instance_id, "lost and not seen again"))
 
     def next_timer_s(self) -> float | None:
@@ -116,6 +143,10 @@ class InstanceLifecycle:
             return lease_s
         forget_s = self._forgets[0][0]
         return forget_s if lease_s is None else min(lease_s, forget_s)
+
+    def _remove(self, record: InstanceRecord) -> None:
+        self._fleet.remove(record)
+        self._prefixes.remove_instance(record.instance_id)
 
     def _drain(self, record: InstanceRecord, reason: str, effects: list[fx.Effect]) -> None:
         if record.state not in {InstanceState.DRAINING, InstanceState.DRAINED}:

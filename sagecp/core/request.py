@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+from sagecp.core.prompt_digest import digest_prompt
+from sagecp.core.prompt_size import payload_size_bytes
 from sagecp.core.states import REQUEST_TRANSITIONS, StateMachine
 from sagecp.core.types import RequestMetadata, RequestState, SchedulingDecision
 
-# Without a tokenizer: four bytes of text make about one token in English prose
-# and code with current vocabularies.
-BYTES_PER_TOKEN = 4
 DEFAULT_EXPECTED_OUTPUT_TOKEN_COUNT = 256
-
-
-def estimate_prompt_token_count(metadata: RequestMetadata) -> int:
-    """Return how many tokens the prompt probably has, at least 1; exact for token ids."""
-    if metadata.prompt_token_ids:
-        return len(metadata.prompt_token_ids)
-    return max(1, payload_size_bytes(metadata) // BYTES_PER_TOKEN)
-
-
-def payload_size_bytes(metadata: RequestMetadata) -> int:
-    """Return roughly how many bytes the prompt holds in memory, for queue bounds."""
-    size = len(metadata.openai_body) + 8 * len(metadata.prompt_token_ids)
-    if metadata.prompt is not None:
-        size += len(metadata.prompt)
-    for message in metadata.messages:
-        content = message.get("content")
-        # Parts may hold images as data URLs; their text form is close to their size.
-        size += len(content) if isinstance(content, str) else len(str(content))
-    if metadata.tools:
-        # Chat templates write them into the prompt.
-        size += len(str(metadata.tools))
-    return size
 
 
 class RequestRecord:
@@ -54,13 +33,26 @@ class RequestRecord:
         dispatch_s: Start of the present or last attempt.
         first_token_s: When the first output came.
         decisions: One receipt per dispatch.
+        digest: Length and content of the prompt.
+        work_s: Predicted engine seconds of the prompt.
+        ttft_objective_s: From arrival to the first token; the default where none is stated.
+        tpot_objective_s: Likewise, between tokens.
+        demoted: Its objective is out of reach: it runs when there is time to spare.
+        waits_for: The busy instance that it waits for; ``""``: any.
+        wait_until_s: Until when.
+        cost_s: Engine seconds that it was charged at its dispatch.
+        predicted_ttft_s: At the present or last dispatch, from then on.
+        predicted_tpot_s: Likewise.
     """
 
     __slots__ = (
         "arrival_s",
+        "cost_s",
         "deadline_s",
         "decisions",
         "delivered",
+        "demoted",
+        "digest",
         "dispatch_s",
         "epoch",
         "excluded_instance_ids",
@@ -71,10 +63,17 @@ class RequestRecord:
         "machine",
         "metadata",
         "model",
+        "predicted_tpot_s",
+        "predicted_ttft_s",
         "prompt_token_count",
         "queue_ticket",
         "sequence",
         "size_bytes",
+        "tpot_objective_s",
+        "ttft_objective_s",
+        "wait_until_s",
+        "waits_for",
+        "work_s",
     )
 
     def __init__(self, metadata: RequestMetadata, model: str, sequence: int, arrival_s: float) -> None:
@@ -87,7 +86,8 @@ class RequestRecord:
         )
         self.expire_s = self.deadline_s
         self.size_bytes = payload_size_bytes(metadata)
-        self.prompt_token_count = estimate_prompt_token_count(metadata)
+        self.digest = metadata.prompt_digest or digest_prompt(metadata, model)
+        self.prompt_token_count = self.digest.token_count
         per_choice = metadata.max_tokens or DEFAULT_EXPECTED_OUTPUT_TOKEN_COUNT
         self.expected_output_token_count = metadata.choice_count * min(
             per_choice, DEFAULT_EXPECTED_OUTPUT_TOKEN_COUNT
@@ -99,6 +99,15 @@ class RequestRecord:
         self.dispatch_s: float | None = None
         self.first_token_s: float | None = None
         self.decisions: list[SchedulingDecision] = []
+        self.work_s = 0.0
+        self.ttft_objective_s = math.inf
+        self.tpot_objective_s = math.inf
+        self.demoted = False
+        self.waits_for = ""
+        self.wait_until_s = -math.inf
+        self.cost_s = 0.0
+        self.predicted_ttft_s = 0.0
+        self.predicted_tpot_s = 0.0
         # Set by the queue, 0 outside of it; lets it delete lazily.
         self.queue_ticket = 0
         self.machine = StateMachine(

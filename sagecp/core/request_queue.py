@@ -1,60 +1,35 @@
-"""Waiting requests: one heap per model, ordered by the policy in force, bounded as a whole."""
+"""Waiting requests: one line per model, in the order of the policy in force, bounded as a whole."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sagecp.core.errors import QueueFullError
-from sagecp.core.policies.base import SchedulingPolicy
 from sagecp.core.request import RequestRecord
-
-# Key, order of arrival, ticket of this stay in the queue, request. The ticket tells
-# a request that came back from its own dead entry, and keeps entries comparable.
-_Entry = tuple[float, int, int, RequestRecord]
-
-# Key, order of arrival, request. The smallest goes first, over all models.
-Head = tuple[float, int, RequestRecord]
-
-
-class _Lane:
-    """The heap of one model. Removed requests stay in it until they surface or outnumber the rest."""
-
-    __slots__ = ("heap", "live_count", "stepped_over")
-
-    def __init__(self) -> None:
-        self.heap: list[_Entry] = []
-        self.stepped_over: list[_Entry] = []
-        self.live_count = 0
-
-    def head(self) -> _Entry | None:
-        heap = self.heap
-        while heap and not _is_live(heap[0]):
-            heapq.heappop(heap)
-        return heap[0] if heap else None
-
-
-def _is_live(entry: _Entry) -> bool:
-    return entry[3].queue_ticket == entry[2]
+from sagecp.core.waiting_line import WaitingLine
 
 
 class RequestQueue:
     """Requests that wait in the control plane.
 
-    Push and pop cost O(log n); removal is lazy and amortised O(1).
-
     Args:
-        policy: Gives each request its key.
+        new_line: Makes the line of a model: what the policy in force orders by.
         max_request_count: Most requests that may wait.
         max_size_bytes: Most prompt bytes that may wait.
+
+    Attributes:
+        work_s: Predicted engine seconds of all that waits.
     """
 
-    def __init__(self, policy: SchedulingPolicy, max_request_count: int, max_size_bytes: int) -> None:
-        self._policy = policy
-        self._lanes: dict[str, _Lane] = {}
+    def __init__(
+        self, new_line: Callable[[], WaitingLine], max_request_count: int, max_size_bytes: int
+    ) -> None:
+        self._new_line = new_line
+        self._lines: dict[str, WaitingLine] = {}
         self.max_request_count = max_request_count
         self.max_size_bytes = max_size_bytes
         self.size_bytes = 0
+        self.work_s = 0.0
         self._count = 0
         self._ticket = 0
 
@@ -82,71 +57,57 @@ class RequestQueue:
 
     def push(self, request: RequestRecord) -> None:
         """Add a request. Bounds are the caller's business: a lost attempt always gets its place back."""
-        lane = self._lanes.get(request.model)
-        if lane is None:
-            lane = self._lanes[request.model] = _Lane()
+        line = self._lines.get(request.model)
+        if line is None:
+            line = self._lines[request.model] = self._new_line()
         self._ticket += 1
         request.queue_ticket = self._ticket
-        heapq.heappush(lane.heap, (self._policy.key(request), request.sequence, self._ticket, request))
-        lane.live_count += 1
+        line.push(request)
         self._count += 1
         self.size_bytes += request.size_bytes
+        self.work_s += request.work_s
 
     def remove(self, request: RequestRecord) -> None:
         """Take a request out, wherever it is."""
         request.queue_ticket = 0
+        line = self._lines[request.model]
+        line.discard(request)
         self._count -= 1
         self.size_bytes -= request.size_bytes
-        lane = self._lanes[request.model]
-        lane.live_count -= 1
-        if lane.live_count == 0:
-            del self._lanes[request.model]
-        elif len(lane.heap) > 64 and len(lane.heap) > 2 * lane.live_count:
-            lane.heap = [entry for entry in lane.heap if _is_live(entry)]
-            heapq.heapify(lane.heap)
+        # Sums of floats drift; an empty queue is exactly empty.
+        self.work_s = self.work_s - request.work_s if self._count else 0.0
+        if not len(line):
+            del self._lines[request.model]
 
-    def models(self) -> list[str]:
-        """Return the models that have waiting requests."""
-        return list(self._lanes)
+    def line(self, model: str) -> WaitingLine | None:
+        """Return the line of a model; ``None``: nothing waits for it."""
+        return self._lines.get(model)
 
-    def head(self, model: str) -> Head | None:
-        """Return the request of a model that goes next, with its rank; ``None``: there is none."""
-        lane = self._lanes.get(model)
-        entry = lane.head() if lane is not None else None
-        return (entry[0], entry[1], entry[3]) if entry is not None else None
+    def lines(self) -> Iterator[tuple[str, WaitingLine]]:
+        """Return the models that have waiting requests, with their lines."""
+        return iter(self._lines.items())
 
-    def step_over(self, model: str) -> None:
-        """Let the next request of a model be its head until :meth:`step_back`."""
-        lane = self._lanes[model]
-        if lane.head() is not None:
-            lane.stepped_over.append(heapq.heappop(lane.heap))
+    def demote(self, request: RequestRecord) -> None:
+        """Move a waiting request to the place of the hopeless."""
+        self._lines[request.model].demote(request)
 
-    def step_back(self, model: str) -> None:
-        """Put the requests that were stepped over back in front. Nothing else may happen in between."""
-        lane = self._lanes[model]
-        for entry in lane.stepped_over:
-            heapq.heappush(lane.heap, entry)
-        lane.stepped_over.clear()
-
-    def position(self, request: RequestRecord) -> int:
+    def position(self, request: RequestRecord, now: float) -> int:
         """Return how many requests of its model go before it. O(n): for people, not for decisions."""
-        mine = (self._policy.key(request), request.sequence)
-        lane = self._lanes[request.model]
-        return sum(1 for entry in lane.heap if entry[:2] < mine and _is_live(entry))
+        return self._lines[request.model].position(request, now)
 
     def count_by_model(self) -> dict[str, int]:
         """Return how many requests wait, by model."""
-        return {model: lane.live_count for model, lane in self._lanes.items()}
+        return {model: len(line) for model, line in self._lines.items()}
 
     def __iter__(self) -> Iterator[RequestRecord]:
-        for lane in self._lanes.values():
-            for entry in lane.heap:
-                if _is_live(entry):
-                    yield entry[3]
+        for line in self._lines.values():
+            yield from line
 
-    def reorder(self, policy: SchedulingPolicy) -> None:
-        """Put every waiting request in the order of another policy."""
-        self._policy = policy
-        for lane in self._lanes.values():
-            lane.heap = [(policy.key(entry[3]), *entry[1:]) for entry in lane.heap if _is_live(entry)]
-            heapq.heapify(lane.heap)
+    def reorder(self, new_line: Callable[[], WaitingLine]) -> None:
+        """Put every waiting request in the order of another policy. Nothing is lost."""
+        self._new_line = new_line
+        for model, old in self._lines.items():
+            line = self._lines[model] = new_line()
+            # In order of arrival, so that accounts that lines keep do not depend on the old order.
+            for record in sorted(old, key=lambda each: each.sequence):
+                line.push(record)

@@ -7,15 +7,16 @@ as new events. The simulator uses the same door with a virtual clock.
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
+from sagecp.core.admission import Admission
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.deadlines import DeadlineHeap
+from sagecp.core.dispatcher import Dispatcher
 from sagecp.core.errors import (
     ErrorReason,
     Failure,
@@ -24,22 +25,17 @@ from sagecp.core.errors import (
     RequestNotFoundError,
     SageError,
 )
+from sagecp.core.fair_line import ServiceBooks
 from sagecp.core.fleet import Fleet, InstanceRecord
 from sagecp.core.instance_lifecycle import InstanceLifecycle
-from sagecp.core.policies.registry import SCHEDULING_POLICIES
+from sagecp.core.prediction.book import PredictionBook
+from sagecp.core.prediction.placement import predict
+from sagecp.core.prefix_index import PrefixIndex
 from sagecp.core.request import RequestRecord
 from sagecp.core.request_queue import RequestQueue
-from sagecp.core.router.registry import make_strategy
-from sagecp.core.types import (
-    FailoverMode,
-    InstanceState,
-    RequestState,
-    SchedulingDecision,
-)
-
-# Most requests that others pass in one dispatch because they wait for a better
-# instance: the bound on what a fleet with a failing engine costs each event.
-_STEP_OVER_LIMIT = 32
+from sagecp.core.settings import SettingsHistory
+from sagecp.core.types import FailoverMode, RequestState, SchedulingDecision
+from sagecp.core.waiting_line import WaitingLine
 
 
 class Scheduler:
@@ -56,21 +52,30 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self._random = random.Random(config.seed)
-        self._policy = SCHEDULING_POLICIES.get(config.scheduling_policy)()
-        self._strategy = make_strategy(config.routing_strategy, config.load_balancer, self._random)
-        self.scheduling_policy = config.scheduling_policy
-        self.routing_strategy = config.routing_strategy
-        self.load_balancer = config.load_balancer
-        self.config_version = 1
-        self.fleet = Fleet(config.max_instance_count, config.default_concurrency_limit)
-        self.queue = RequestQueue(self._policy, config.max_queued_request_count, config.max_queued_bytes)
+        self.settings = SettingsHistory(
+            config.scheduling_policy, config.routing_strategy, config.load_balancer, config.parameters
+        )
+        self.book = PredictionBook()
+        self.fleet = Fleet(config.max_instance_count, config.default_concurrency_limit, self.book)
+        self.prefixes = PrefixIndex()
+        self.queue = RequestQueue(
+            self._new_line,
+            config.max_queued_request_count,
+            config.max_queued_bytes,
+        )
+        self._dispatcher = Dispatcher(
+            self.fleet, self.queue, self.prefixes, ServiceBooks(), random.Random(config.seed), self._start
+        )
+        self._dispatcher.configure(self.settings.current)
+        self._admission = Admission(self.fleet, self.queue, self.prefixes, self.book, self._dispatcher)
         self._requests: dict[str, RequestRecord] = {}
         # Deadlines, and the longest wait of requests without one.
         self._deadlines = DeadlineHeap()
-        self._instances = InstanceLifecycle(self.fleet, config)
+        self._instances = InstanceLifecycle(self.fleet, self.prefixes, config)
         self._arrival_sequence = 0
         self._dispatch_sequence = 0
+        # Of the event that is being handled.
+        self._effects: list[fx.Effect] = []
         # Exponentially weighted completions per second, for truthful retry delays.
         self._last_completion_s: float | None = None
         self._completion_interval_s = 1.0
@@ -112,11 +117,19 @@ class Scheduler:
 
     def next_timer_s(self) -> float | None:
         """Return when :class:`ClockAdvanced` is next worth sending, or ``None``."""
-        deadline_s = self._deadlines.next_s(self._requests)
-        instance_s = self._instances.next_timer_s()
-        if deadline_s is None or instance_s is None:
-            return instance_s if deadline_s is None else deadline_s
-        return min(deadline_s, instance_s)
+        times_s = [self._deadlines.next_s(self._requests), self._instances.next_timer_s()]
+        if len(self.queue):
+            times_s.append(self.fleet.next_opening_s())
+        return min((time_s for time_s in times_s if time_s is not None), default=None)
+
+    @property
+    def policy_in_force(self) -> str:
+        """Name of the policy that orders the queue: ``adaptive`` chooses another's."""
+        return self._dispatcher.policy.in_force
+
+    def why_policy(self) -> str:
+        """Return why the policy in force is in force."""
+        return self._dispatcher.policy.why() or self.settings.current.comment
 
     # -- the one door ------------------------------------------------------------
 
@@ -133,7 +146,8 @@ class Scheduler:
         effects: list[fx.Effect] = []
         self._handlers[type(event)](event, now, effects)
         if len(self.queue):
-            self._dispatch(now, effects)
+            self._effects = effects
+            self._dispatcher.dispatch(now)
         return effects
 
     # -- requests ----------------------------------------------------------------
@@ -146,6 +160,9 @@ class Scheduler:
             model = self._resolve_model(metadata.model_name)
             record = RequestRecord(metadata, model, self._arrival_sequence + 1, now)
             self.queue.check_room(record.size_bytes, self._retry_after_s())
+            parameters = self.settings.current.values
+            self._admission.estimate(record, parameters)
+            self._admission.check(record, parameters, now)
         except SageError as error:
             effects.append(fx.RequestRejected(metadata.request_id, error))
             return
@@ -161,12 +178,12 @@ class Scheduler:
             raise RequestNotFoundError(event.request_id)
         cause = f": {event.cause}" if event.cause else ""
         failure = Failure(ErrorReason.REQUEST_CANCELLED, f"the request was cancelled{cause}")
-        self._end(record, RequestState.CANCELLED, failure, effects)
+        self._end(record, RequestState.CANCELLED, failure, now, effects)
 
     def _on_request_aborted(self, event: ev.RequestAborted, now: float, effects: list[fx.Effect]) -> None:
         record = self._requests.get(event.request_id)
         if record is not None:
-            self._end(record, RequestState.FAILED, event.failure, effects)
+            self._end(record, RequestState.FAILED, event.failure, now, effects)
 
     def _on_attempt_progressed(
         self, event: ev.AttemptProgressed, now: float, effects: list[fx.Effect]
@@ -178,6 +195,12 @@ class Scheduler:
         record.machine.to(RequestState.RUNNING)
         if record.first_token_s is None:
             record.first_token_s = now
+        instance = self.fleet.holder(record.instance_id)
+        if instance is not None:
+            instance.load.note_first_token(record.request_id, now)
+            self._dispatcher.settle_gate(instance, now)
+        if record.dispatch_s is not None:
+            self.book.accuracy.record("ttft", record.predicted_ttft_s, now - record.dispatch_s)
 
     def _on_attempt_succeeded(self, event: ev.AttemptSucceeded, now: float, effects: list[fx.Effect]) -> None:
         record = self._current(event.request_id, event.epoch)
@@ -189,8 +212,10 @@ class Scheduler:
             ttft_s = None if record.first_token_s is None else record.first_token_s - record.dispatch_s
             tokens_per_choice = event.output_token_count / record.metadata.choice_count
             instance.learn(now - record.dispatch_s, ttft_s, tokens_per_choice)
+        self._learn_output(record, event, now)
         self._note_completion(now)
-        self._end(record, RequestState.SUCCEEDED, None, effects, attempt_over=True)
+        tokens = event.output_token_count
+        self._end(record, RequestState.SUCCEEDED, None, now, effects, attempt_over=True, output_tokens=tokens)
 
     def _on_attempt_failed(self, event: ev.AttemptFailed, now: float, effects: list[fx.Effect]) -> None:
         record = self._current(event.request_id, event.epoch)
@@ -209,9 +234,9 @@ class Scheduler:
             or mode is FailoverMode.FAIL
             or record.epoch >= self.config.max_attempt_count
         ):
-            self._end(record, RequestState.FAILED, event.failure, effects, attempt_over=True)
+            self._end(record, RequestState.FAILED, event.failure, now, effects, attempt_over=True)
             return
-        self.fleet.release(record)
+        self._release(record, now)
         record.excluded_instance_ids.add(record.instance_id)
         record.machine.to(RequestState.QUEUED)
         self.queue.push(record)
@@ -231,9 +256,11 @@ class Scheduler:
         record: RequestRecord,
         state: RequestState,
         failure: Failure | None,
+        now: float,
         effects: list[fx.Effect],
         *,
         attempt_over: bool = False,
+        output_tokens: int | None = None,
     ) -> None:
         """End a request; its attempt, if it is on an engine, is aborted unless it is over."""
         waited = record.queued
@@ -245,9 +272,62 @@ class Scheduler:
         del self._requests[record.request_id]
         effects.append(fx.RequestEnded(record, state, failure))
         # Last: releasing the place may complete a drain, which is news of its own.
-        instance = None if waited else self.fleet.release(record)
+        instance = None if waited else self._release(record, now, output_tokens)
         if instance is not None:
             self._instances.finish_drain(instance, effects)
+
+    def _release(
+        self, record: RequestRecord, now: float, output_tokens: int | None = None
+    ) -> InstanceRecord | None:
+        """Free what an attempt held; return its instance, if it is registered.
+
+        Args:
+            record: The request.
+            now: The time.
+            output_tokens: What it produced, when it ran to its end.
+        """
+        instance = self.fleet.holder(record.instance_id)
+        if instance is not None:
+            choices = record.metadata.choice_count
+            produced = record.expected_output_token_count if output_tokens is None else output_tokens
+            instance.load.note_end(
+                record.request_id, produced / choices, now, learn=output_tokens is not None and choices == 1
+            )
+        if record.digest.block_hashes:
+            self.prefixes.release(record.instance_id, record.digest.block_hashes)
+        released = self.fleet.release(record)
+        if released is not None:
+            self._dispatcher.settle_gate(released, now)
+        # Where nobody waits for the model there is no line, but accounts outlive lines.
+        line = self.queue.line(record.model) or self._new_line()
+        used_s = record.cost_s
+        if output_tokens is not None and record.expected_output_token_count > 0:
+            decode_s = record.cost_s - record.work_s
+            used_s = record.work_s + decode_s * output_tokens / record.expected_output_token_count
+        elif not record.delivered:
+            used_s = 0.0
+        line.note_settled(record, record.cost_s, used_s)
+        record.cost_s = 0.0
+        return released
+
+    def _learn_output(self, record: RequestRecord, event: ev.AttemptSucceeded, now: float) -> None:
+        """Learn how long answers are, and how right the predictions were."""
+        choices = record.metadata.choice_count
+        tokens = event.output_token_count / choices
+        metadata = record.metadata
+        accuracy = self.book.accuracy
+        accuracy.record("output_tokens", record.expected_output_token_count / choices, tokens)
+        self.book.output_lengths.observe(
+            metadata.tenant_id, metadata.max_tokens, record.prompt_token_count, round(tokens)
+        )
+        if record.dispatch_s is None or record.first_token_s is None:
+            return
+        if tokens > 1:
+            accuracy.record("tpot", record.predicted_tpot_s, (now - record.first_token_s) / (tokens - 1))
+        predicted_s = record.predicted_ttft_s + record.predicted_tpot_s * max(
+            0.0, record.expected_output_token_count / choices - 1
+        )
+        accuracy.record("latency", predicted_s, now - record.dispatch_s)
 
     def _resolve_model(self, model: str) -> str:
         if self.fleet.serves(model):
@@ -269,107 +349,71 @@ class Scheduler:
 
     # -- dispatch ----------------------------------------------------------------
 
-    def _dispatch(self, now: float, effects: list[fx.Effect]) -> None:
-        """Send out every request that an instance has room for, the most urgent first.
-
-        The order holds over all models, because one instance may serve several.
-        Within a model nobody overtakes a request that is only too big for the
-        room there is, or it would never have its turn.
-        """
-        queue, fleet = self.queue, self.fleet
-        heads = [head for head in map(queue.head, queue.models()) if head and fleet.is_open(head[2].model)]
-        heapq.heapify(heads)
-        stepped_over: list[str] = []
-        while heads:
-            record = heapq.heappop(heads)[2]
-            model = record.model
-            candidates = fleet.with_room_for(record)
-            if not candidates:
-                continue
-            preferred = self._prefer_untried(record, candidates)
-            if preferred:
-                self._place(record, preferred, now, effects)
-            elif len(stepped_over) < _STEP_OVER_LIMIT:
-                queue.step_over(model)
-                stepped_over.append(model)
-            else:
-                continue
-            head = queue.head(model)
-            if head is not None:
-                heapq.heappush(heads, head)
-        for model in stepped_over:
-            queue.step_back(model)
-
-    def _prefer_untried(
-        self, record: RequestRecord, candidates: list[InstanceRecord]
-    ) -> list[InstanceRecord]:
-        """Return the candidates that lost no attempt of the request, or all if there is nothing better.
-
-        None at all means that better instances are only busy: the request
-        waits for one rather than go back, and others may pass it.
-        """
-        excluded = record.excluded_instance_ids
-        if not excluded:
-            return candidates
-        untried = [i for i in candidates if i.instance_id not in excluded]
-        if not untried and not any(
-            i.state is InstanceState.READY and i.instance_id not in excluded
-            for i in self.fleet.serving(record.model)
-        ):
-            return candidates
-        return untried
-
-    def _place(
-        self, record: RequestRecord, candidates: list[InstanceRecord], now: float, effects: list[fx.Effect]
+    def _start(
+        self, record: RequestRecord, instance: InstanceRecord, decision: SchedulingDecision, now: float
     ) -> None:
-        placement = self._strategy.place(record, candidates)
-        instance = self.fleet.get(placement.instance_id)
-        record.epoch += 1
-        decision = SchedulingDecision(
-            request_id=record.request_id,
-            epoch=record.epoch,
-            instance_id=placement.instance_id,
-            decision_time_s=now,
-            queue_wait_s=now - record.arrival_s,
-            scheduling_policy=self.scheduling_policy,
-            routing_strategy=self.routing_strategy,
-            load_balancer=self.load_balancer,
-            config_version=self.config_version,
-            reason=f"{self._policy.explain(record)}; {placement.reason}",
-            candidates=placement.scores,
-            candidate_count=len(candidates),
-        )
+        """Carry a decision out."""
+        inputs = decision.inputs
+        assert inputs is not None  # noqa: S101 - the dispatcher always gives them
+        row = next(row for row in inputs.candidates if row.instance_id == instance.instance_id)
+        predicted = predict(inputs.request, row)
+        # The queue drops a line with its last request, which is charged nevertheless.
+        line = self.queue.line(record.model)
         self.queue.remove(record)
         record.machine.to(RequestState.DISPATCHED)
-        record.instance_id = placement.instance_id
+        record.epoch = decision.epoch
+        record.instance_id = instance.instance_id
         record.dispatch_s = now
         record.expire_s = record.deadline_s
         record.delivered = False
+        record.wait_until_s = now
+        record.predicted_ttft_s = predicted.ttft_s
+        record.predicted_tpot_s = predicted.tpot_s
+        # Decodes share their steps: each is charged its part of the batch.
+        decode_s = inputs.request.output_token_count * predicted.tpot_s / max(1, row.decode_count + 1)
+        record.work_s = predicted.work_s
+        record.cost_s = predicted.work_s + decode_s * record.metadata.choice_count
         record.decisions.append(decision)
         self._dispatch_sequence += 1
         instance.take(record, self._dispatch_sequence)
+        instance.load.note_dispatch(record.request_id, record.prompt_token_count, row.cached_token_count, now)
+        if record.digest.block_hashes:
+            self._note_prefix(record, instance, now)
+        self._dispatcher.strategy.note_dispatch(record, instance.instance_id)
+        if line is not None:
+            line.note_dispatch(record, record.cost_s)
         self.fleet.settle(instance)
-        effects.append(fx.DispatchAttempt(record, record.epoch, placement.instance_id, decision))
+        self._dispatcher.settle_gate(instance, now)
+        self._effects.append(fx.DispatchAttempt(record, record.epoch, instance.instance_id, decision))
+
+    def _note_prefix(self, record: RequestRecord, instance: InstanceRecord, now: float) -> None:
+        """Expect the prompt in the instance's cache, which decodes take room from."""
+        capacity = instance.spec.key_value_token_capacity
+        if capacity is not None:
+            room = max(0.0, capacity - instance.load.produced_token_count(now))
+            self.prefixes.resize(instance.instance_id, int(room) // record.digest.block_token_count)
+        self.prefixes.insert(instance.instance_id, record.digest.block_hashes, pinned=True)
+
+    def _new_line(self) -> WaitingLine:
+        return self._dispatcher.policy.new_line()
 
     # -- configuration and time ----------------------------------------------------
 
     def _on_scheduling_configured(
         self, event: ev.SchedulingConfigured, now: float, effects: list[fx.Effect]
     ) -> None:
-        # Both first: a bad name must leave everything as it is.
-        policy = SCHEDULING_POLICIES.get(event.scheduling_policy)()
-        strategy = make_strategy(event.routing_strategy, event.load_balancer, self._random)
-        self._policy, self._strategy = policy, strategy
-        self.scheduling_policy = event.scheduling_policy
-        self.routing_strategy = event.routing_strategy
-        self.load_balancer = event.load_balancer
-        self.config_version += 1
-        self.queue.reorder(policy)
+        # First: a bad name or value must leave everything as it is.
+        settings = self.settings.apply(event.change, now)
+        self._dispatcher.configure(settings)
+        self.queue.reorder(self._dispatcher.policy.new_line)
+        for instance in self.fleet:
+            self._dispatcher.settle_gate(instance, now)
+        effects.append(fx.SettingsChanged(settings))
 
     def _on_clock_advanced(self, event: ev.ClockAdvanced, now: float, effects: list[fx.Effect]) -> None:
         self._instances.advance(now, effects)
         for record in self._deadlines.pop_due(now, self._requests):
-            self._expire(record, effects)
+            self._expire(record, now, effects)
 
     def _watch(self, record: RequestRecord, now: float) -> None:
         """Make sure that a request which enters the queue does not wait for ever."""
@@ -377,7 +421,7 @@ class Scheduler:
         record.expire_s = expire_s
         self._deadlines.add(expire_s, record.request_id, self._requests)
 
-    def _expire(self, record: RequestRecord, effects: list[fx.Effect]) -> None:
+    def _expire(self, record: RequestRecord, now: float, effects: list[fx.Effect]) -> None:
         if record.deadline_s is not None:
             message = f"the deadline of {(record.deadline_s - record.arrival_s) * 1000:.0f} ms passed"
             where = "while it waited" if record.queued else f"while it ran on {record.instance_id}"
@@ -387,4 +431,5 @@ class Scheduler:
                 f"it waited {self.config.queue_timeout_s:g} s "
                 f"and no instance that serves {record.model!r} had room"
             )
-        self._end(record, RequestState.EXPIRED, Failure(ErrorReason.DEADLINE_EXCEEDED, message), effects)
+        failure = Failure(ErrorReason.DEADLINE_EXCEEDED, message)
+        self._end(record, RequestState.EXPIRED, failure, now, effects)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sagecp.core.errors import ErrorReason, Failure, FieldViolation
+
+if TYPE_CHECKING:
+    from sagecp.core.placement import PlacementInputs
+    from sagecp.core.prediction.step_time import StepTimeParameters
 
 __all__ = [
     "AttemptRecord",
@@ -26,6 +30,7 @@ __all__ = [
     "OpenAiApi",
     "ParallelismType",
     "PerformanceMetrics",
+    "PromptDigest",
     "RecentFault",
     "RequestMetadata",
     "RequestPriority",
@@ -149,6 +154,22 @@ class SamplingParameters:
 DEFAULT_SAMPLING = SamplingParameters()
 
 
+@dataclass(frozen=True, slots=True)
+class PromptDigest:
+    """Length and content of a prompt, without its text.
+
+    Attributes:
+        token_count: Tokens, exact or estimated.
+        block_hashes: One number per full block from its start; equal numbers mean equal
+            content, and equal content before it.
+        block_token_count: Tokens in a block.
+    """
+
+    token_count: int
+    block_hashes: tuple[int, ...] = ()
+    block_token_count: int = 256
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetadata:
     """What a user asks for.
@@ -177,6 +198,8 @@ class RequestMetadata:
         session_id: Requests of one session prefer one instance under affinity.
         tenant_id: Owner, from the credential at the edge.
         include_openai_events: Keep every engine event's JSON for the reader.
+        prompt_digest: Length and content of the prompt where they are known
+            better than from the prompt itself; ``None``: they are estimated from it.
     """
 
     request_id: str = ""
@@ -202,6 +225,7 @@ class RequestMetadata:
     failover_mode: FailoverMode = FailoverMode.DEFAULT
     labels: Mapping[str, str] = field(default_factory=dict)
     include_openai_events: bool = False
+    prompt_digest: PromptDigest | None = field(default=None, repr=False)
 
     @property
     def choice_count(self) -> int:
@@ -227,6 +251,8 @@ class ExecutionInstance:
             ``None``: the control plane's default.
         usd_per_gpu_hour: Price of one GPU; ``None``: unknown.
         api_key: Bearer token for the engine. Never shown or logged.
+        step_time: What is known of its speed; ``None``: a prior for its GPU and
+            model is used. Either way it is learned from there.
     """
 
     instance_id: str
@@ -251,6 +277,7 @@ class ExecutionInstance:
     host_id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     api_key: str = field(default="", repr=False)
+    step_time: StepTimeParameters | None = None
 
     @property
     def engine_url(self) -> str:
@@ -323,6 +350,8 @@ class SchedulingDecision:
         reason: Why, in a sentence.
         candidates: The best candidates, best first.
         candidate_count: Instances that could have taken the request.
+        policy_in_force: The policy that decided, where ``scheduling_policy`` chooses among others.
+        inputs: What the choice was made from; the same inputs give the same choice.
     """
 
     request_id: str
@@ -337,6 +366,8 @@ class SchedulingDecision:
     reason: str = ""
     candidates: tuple[CandidateScore, ...] = ()
     candidate_count: int = 0
+    policy_in_force: str = ""
+    inputs: PlacementInputs | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

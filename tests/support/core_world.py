@@ -11,13 +11,28 @@ from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.errors import ErrorReason, Failure
 from sagecp.core.fleet import InstanceRecord
+from sagecp.core.instance_load import InstanceLoad
+from sagecp.core.prediction.book import InstanceKind, PredictionBook
+from sagecp.core.prediction.step_time import StepTimeParameters
 from sagecp.core.request import RequestRecord
 from sagecp.core.scheduler import Scheduler
+from sagecp.core.settings import SettingsChange
 from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, RequestMetadata
 
 LOST_CONNECTION = Failure(ErrorReason.ENGINE_UNREACHABLE, "nobody listens")
 ENGINE_FAILED = Failure(ErrorReason.ENGINE_FAILED, "the engine failed")
 REJECTED = Failure(ErrorReason.ENGINE_REJECTED, "the engine refused it")
+
+# A small fast engine: 11 ms per decode step, about 50 us per prompt token.
+STEP_TIME = StepTimeParameters(
+    overhead_s=0.002,
+    memory_base_s=0.009,
+    memory_per_token_s=20e-6,
+    compute_base_s=0.004,
+    compute_per_token_s=50e-6,
+    context_per_token_s=1e-7,
+    attention_per_token_pair_s=1e-9,
+)
 
 
 def make_instance(instance_id: str = "a", model: str = "m", **fields: Any) -> ExecutionInstance:
@@ -37,10 +52,17 @@ def make_record(
     return RequestRecord(make_metadata(request_id, model, **fields), model, sequence, arrival_s)
 
 
+def make_load(step_time: StepTimeParameters = STEP_TIME, now: float = 0.0) -> InstanceLoad:
+    """The load of an idle instance whose kind is known."""
+    return InstanceLoad(InstanceKind(step_time, trusted=True, source="a test"), now)
+
+
 def make_instance_record(
     instance_id: str = "a", model: str = "m", incarnation: int = 0, default_limit: int = 4, **fields: Any
 ) -> InstanceRecord:
-    return InstanceRecord(make_instance(instance_id, model, **fields), incarnation, 0.0, default_limit)
+    spec = make_instance(instance_id, model, **fields)
+    load = InstanceLoad(PredictionBook().kind_of(spec), 0.0)
+    return InstanceRecord(spec, incarnation, 0.0, default_limit, load)
 
 
 def arrive(request_id: str, model: str = "m", **fields: Any) -> ev.RequestArrived:
@@ -82,6 +104,20 @@ def fail(
     return ev.AttemptFailed(request_id, epoch, failure, retryable, engine_down, counts_against_engine)
 
 
+def configure(
+    scheduling_policy: str = "", routing_strategy: str = "", load_balancer: str = "", **fields: Any
+) -> ev.SchedulingConfigured:
+    """A change of the settings; what is not named stays as it is."""
+    return ev.SchedulingConfigured(
+        SettingsChange(
+            scheduling_policy=scheduling_policy,
+            routing_strategy=routing_strategy,
+            load_balancer=load_balancer,
+            **fields,
+        )
+    )
+
+
 def line(effect: fx.Effect) -> str:
     """An effect in a few words: ``dispatch r1#1 a``."""
     match effect:
@@ -101,6 +137,8 @@ def line(effect: fx.Effect) -> str:
             return f"{instance_id} {previous.name if previous else '-'}>{state.name}"
         case fx.InstanceRemoved(instance_id):
             return f"remove {instance_id}"
+        case fx.SettingsChanged(settings):
+            return f"settings {settings.version}"
 
 
 def full_text(effect: fx.Effect) -> str:
@@ -117,6 +155,10 @@ def full_text(effect: fx.Effect) -> str:
         elif isinstance(value, Exception):
             value = (type(value).__name__, str(value), getattr(value, "retry_after_s", None))
         parts.append(f"{field.name}={value!r}")
+    if isinstance(effect, fx.DispatchAttempt) and effect.decision.inputs is not None:
+        # Left out of the receipt's own text.
+        parts.append(f"request={effect.decision.inputs.request!r}")
+        parts.append(f"candidates={effect.decision.inputs.candidates!r}")
     return f"{type(effect).__name__}({', '.join(parts)})"
 
 

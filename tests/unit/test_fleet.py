@@ -285,6 +285,155 @@ def test_no_request_needs_more_than_the_context() -> None:
     assert record.reserved_token_count == 0
 
 
+# -- gates ---------------------------------------------------------------------------
+
+
+def closed(fleet: Fleet, instance_id: str, opens_s: float, **fields: Any) -> InstanceRecord:
+    """A busy instance whose gate is closed until a time."""
+    record = make_ready(fleet, make_instance(instance_id, **fields))
+    load(record, 1)
+    fleet.close_gate(record, opens_s)
+    return record
+
+
+def test_a_closed_gate_holds_work_back_from_a_busy_instance() -> None:
+    fleet = make_fleet()
+    record = closed(fleet, "a", 3.0)
+    assert not record.is_open
+    assert not fleet.is_open("m")
+    assert fleet.closed_gates("m", 8) == [record]
+    assert fleet.next_opening_s() == 3.0
+    fleet.open_gate(record)
+    assert fleet.with_room_for(make_record()) == [record]
+    assert fleet.closed_gates("m", 8) == []
+    assert fleet.next_opening_s() is None
+
+
+def test_an_instance_that_holds_nothing_is_open_whatever_its_gate_says() -> None:
+    fleet = make_fleet()
+    record = closed(fleet, "a", 3.0)
+    fleet.release(record.in_flight["a-0"])
+    assert fleet.with_room_for(make_record()) == [record]
+
+
+def test_gates_are_due_once_and_in_order() -> None:
+    fleet = make_fleet()
+    late, soon = closed(fleet, "late", 3.0), closed(fleet, "soon", 2.0)
+    assert fleet.closed_gates("m", 8) == [soon, late]
+    assert fleet.closed_gates("m", 1) == [soon]
+    assert fleet.pop_openings(1.9) == []
+    assert fleet.next_opening_s() == 2.0
+    assert fleet.pop_openings(5.0) == [soon, late]
+    assert fleet.pop_openings(5.0) == []
+
+
+def test_the_last_word_on_a_gate_counts() -> None:
+    fleet = make_fleet()
+    record = closed(fleet, "a", 1.0)
+    fleet.close_gate(record, 4.0)
+    fleet.close_gate(record, 4.0)
+    assert fleet.next_opening_s() == 4.0
+    assert fleet.pop_openings(3.9) == []
+    fleet.close_gate(record, 2.0)
+    assert fleet.pop_openings(3.9) == [record]
+
+
+@pytest.mark.parametrize("state", sorted(set(InstanceState) - {InstanceState.READY}))
+def test_only_ready_instances_are_worth_waiting_for(state: InstanceState) -> None:
+    fleet = make_fleet()
+    record = closed(fleet, "a", 3.0)
+    record.machine.state = state
+    fleet.settle(record)
+    assert fleet.closed_gates("m", 8) == []
+
+
+def test_gates_are_asked_for_by_model() -> None:
+    fleet = make_fleet()
+    record = closed(fleet, "a", 3.0, model="n", model_aliases=("m-latest",))
+    assert fleet.closed_gates("m", 8) == []
+    assert fleet.closed_gates("n", 8) == fleet.closed_gates("m-latest", 8) == [record]
+
+
+def test_a_gate_stays_closed_through_a_new_registration_and_opens_in_time() -> None:
+    fleet = make_fleet()
+    closed(fleet, "a", 3.0)
+    new = make_ready(fleet, make_instance("a"))
+    assert new.gate_closed
+    assert not fleet.is_open("m")
+    assert fleet.next_opening_s() == 3.0
+    assert fleet.closed_gates("m", 8) == [new]
+    assert fleet.pop_openings(3.0) == [new]
+
+
+def test_a_new_engine_of_another_kind_starts_with_an_open_gate() -> None:
+    fleet = make_fleet()
+    old = closed(fleet, "a", 3.0)
+    new = make_ready(fleet, make_instance("a", gpu_name="NVIDIA H100 80GB HBM3"))
+    assert new.load is not old.load
+    assert new.is_open
+    assert fleet.next_opening_s() is None
+
+
+def test_gates_of_instances_that_left_are_forgotten() -> None:
+    fleet = make_fleet()
+    record = closed(fleet, "a", 3.0)
+    fleet.remove(record)
+    assert fleet.closed_gates("m", 8) == []
+    assert fleet.next_opening_s() is None
+    assert fleet.pop_openings(9.0) == []
+
+
+def test_what_ends_while_its_instance_is_away_is_off_its_load() -> None:
+    fleet = make_fleet()
+    record = make_ready(fleet, make_instance("a"))
+    load(record, 2)
+    for request in record.in_flight.values():
+        record.load.note_dispatch(request.request_id, 100, 0, 0.0)
+    fleet.remove(record)
+    assert fleet.holder("a") is record
+    assert fleet.holder("b") is None
+    back = fleet.add(make_instance("a"), 0, now=1.0)
+    assert fleet.holder("a") is back
+    assert back.load is record.load
+
+
+def test_prices_are_of_the_whole_instance() -> None:
+    assert make_instance_record(usd_per_gpu_hour=2.5, gpu_count=4).usd_per_hour == 10.0
+    assert make_instance_record(usd_per_gpu_hour=2.5).usd_per_hour == 2.5
+    assert make_instance_record(gpu_count=4).usd_per_hour == 0.0
+
+
+def test_the_first_that_serves_a_model_and_how_many_are_ready() -> None:
+    fleet = make_fleet()
+    assert fleet.first_serving("m") is None
+    assert fleet.ready_count("m") == 0
+    first = fleet.add(make_instance("z"), 0, now=0.0)
+    make_ready(fleet, make_instance("a"))
+    assert fleet.first_serving("m") is first
+    assert fleet.ready_count("m") == 1
+
+
+def test_the_sample_of_a_large_fleet_is_of_those_with_the_least_to_do() -> None:
+    fleet = make_fleet()
+    for number, name in enumerate("dcba"):
+        load(record := make_ready(fleet, make_instance(name)), number % 3)
+        fleet.settle(record)
+    assert [i.instance_id for i in fleet.with_room_for(make_record(), 3)] == ["d", "a", "c"]
+    assert [i.instance_id for i in fleet.with_room_for(make_record())] == ["d", "a", "c", "b"]
+
+
+def test_every_change_of_membership_counts() -> None:
+    fleet = make_fleet()
+    versions = [fleet.membership_version]
+    record = fleet.add(make_instance("a"), 0, now=0.0)
+    versions.append(fleet.membership_version)
+    record = fleet.add(make_instance("a"), 0, now=0.0)
+    versions.append(fleet.membership_version)
+    fleet.remove(record)
+    versions.append(fleet.membership_version)
+    assert len(set(versions)) == 4
+
+
 # -- following the engine --------------------------------------------------------------
 
 

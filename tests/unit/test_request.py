@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from sagecp.core.types import OpenAiApi, RequestState, SamplingParameters
+from sagecp.core.request import RequestRecord
+from sagecp.core.types import OpenAiApi, PromptDigest, RequestMetadata, RequestState, SamplingParameters
 from tests.support.core_world import make_record
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
@@ -55,3 +57,30 @@ def test_a_new_request() -> None:
     assert (record.deadline_s, record.expire_s) == (6.5, 6.5)
     assert (record.state, record.queued, record.epoch) == (RequestState.QUEUED, False, 0)
     assert make_record().deadline_s is None
+    assert (record.ttft_objective_s, record.tpot_objective_s) == (math.inf, math.inf)
+    assert (record.demoted, record.waits_for, record.work_s, record.cost_s) == (False, "", 0.0, 0.0)
+    assert record.wait_until_s < record.arrival_s
+
+
+def test_a_digest_that_is_known_better_is_taken_as_it_is() -> None:
+    digest = PromptDigest(12_345, (1, 2, 3), 512)
+    record = make_record("r1", prompt="x" * 40, prompt_digest=digest, max_tokens=5)
+    assert record.digest is digest
+    assert (record.prompt_token_count, record.expected_token_count) == (12_345, 12_350)
+    # What waits in memory is the prompt itself.
+    assert record.size_bytes == 40
+
+
+def test_prompts_that_begin_alike_share_blocks_and_others_do_not() -> None:
+    first, second = make_record(prompt="x" * 5000), make_record(prompt="x" * 2048 + "y" * 4000)
+    assert first.digest.block_hashes[:2] == second.digest.block_hashes[:2]
+    assert first.digest.block_hashes[2] != second.digest.block_hashes[2]
+    assert not set(first.digest.block_hashes) & set(
+        make_record(model="n", prompt="x" * 5000).digest.block_hashes
+    )
+
+
+def test_a_request_that_names_no_model_shares_blocks_with_those_that_do() -> None:
+    named = make_record(prompt="x" * 5000)
+    unnamed = RequestRecord(RequestMetadata(request_id="r2", prompt="x" * 5000), "m", 2, 0.0)
+    assert unnamed.digest == named.digest

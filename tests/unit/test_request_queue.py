@@ -1,25 +1,37 @@
-"""The queue: order, bounds, lazy removal."""
+"""The queue: lines per model, bounds, what waits, and other policies' lines."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sagecp.core.errors import ErrorReason, QueueFullError
-from sagecp.core.policies.adaptive import AdaptivePolicy
-from sagecp.core.policies.base import SchedulingPolicy
-from sagecp.core.policies.fifo import FifoPolicy
 from sagecp.core.request import RequestRecord
 from sagecp.core.request_queue import RequestQueue
+from sagecp.core.slo_line import SloLine
 from sagecp.core.types import RequestPriority
+from sagecp.core.waiting_line import KeyedLine, WaitingLine
 from tests.support.core_world import make_record
 
 
+def by_arrival(record: RequestRecord) -> float:
+    return record.arrival_s
+
+
+def by_class(record: RequestRecord) -> float:
+    return record.arrival_s + 30.0 * record.metadata.priority
+
+
+def lines_by(key: Callable[[RequestRecord], float]) -> Callable[[], WaitingLine]:
+    return lambda: KeyedLine(key)
+
+
 def make_queue(max_request_count: int = 1000, max_size_bytes: int = 1 << 20) -> RequestQueue:
-    return RequestQueue(FifoPolicy(), max_request_count, max_size_bytes)
+    return RequestQueue(lines_by(by_arrival), max_request_count, max_size_bytes)
 
 
 def fill(queue: RequestQueue, count: int, model: str = "m") -> list[RequestRecord]:
@@ -32,17 +44,22 @@ def fill(queue: RequestQueue, count: int, model: str = "m") -> list[RequestRecor
 
 def take_all(queue: RequestQueue, model: str = "m") -> list[RequestRecord]:
     taken = []
-    while (head := queue.head(model)) is not None:
-        queue.remove(head[2])
-        taken.append(head[2])
+    while (line := queue.line(model)) is not None and (head := line.head(0.0)) is not None:
+        queue.remove(head)
+        taken.append(head)
     return taken
+
+
+def models(queue: RequestQueue) -> list[str]:
+    return [model for model, _ in queue.lines()]
 
 
 def test_an_empty_queue() -> None:
     queue = make_queue()
     assert len(queue) == 0
-    assert queue.models() == []
-    assert queue.head("m") is None
+    assert models(queue) == []
+    assert queue.line("m") is None
+    assert queue.work_s == 0.0
     assert queue.count_by_model() == {}
     assert list(queue) == []
 
@@ -66,20 +83,19 @@ def test_ties_go_to_the_earlier_arrival() -> None:
 def test_models_do_not_mix() -> None:
     queue = make_queue()
     ours, theirs = fill(queue, 3, "m"), fill(queue, 2, "n")
-    assert sorted(queue.models()) == ["m", "n"]
+    assert sorted(models(queue)) == ["m", "n"]
     assert queue.count_by_model() == {"m": 3, "n": 2}
     assert take_all(queue, "m") == ours
-    assert queue.models() == ["n"]
+    assert models(queue) == ["n"]
     assert take_all(queue, "n") == theirs
-    assert queue.models() == []
+    assert models(queue) == []
 
 
 def test_heads_of_different_models_compare_without_comparing_requests() -> None:
     queue = make_queue()
-    for model in ("m", "n"):
+    for model in ("n", "m"):
         queue.push(make_record(model, model, sequence=ord(model), arrival_s=1.0))
-    heads = [head for model in queue.models() if (head := queue.head(model))]
-    assert min(heads)[2].model == "m"
+    assert min((line.rank(0.0), model) for model, line in queue.lines()) == ((1.0, ord("m")), "m")
 
 
 def test_count_and_bytes_follow_every_change() -> None:
@@ -93,6 +109,22 @@ def test_count_and_bytes_follow_every_change() -> None:
     assert (len(queue), queue.size_bytes) == (4, 70)
     assert not records[3].queued
     assert records[3] not in list(queue)
+
+
+def test_work_follows_every_change_and_ends_at_exactly_nothing() -> None:
+    queue = make_queue()
+    records = fill(queue, 3, "m") + fill(queue, 3, "n")
+    for record in records:
+        queue.remove(record)
+    for number, record in enumerate(records):
+        record.work_s = 0.1 * (number + 1)
+        queue.push(record)
+    assert queue.work_s == pytest.approx(2.1)
+    queue.remove(records[5])
+    assert queue.work_s == pytest.approx(1.5)
+    for record in records[:5]:
+        queue.remove(record)
+    assert queue.work_s == 0.0
 
 
 def test_removal_from_the_middle_keeps_the_order() -> None:
@@ -111,7 +143,7 @@ def test_a_request_may_come_back_while_its_dead_entry_is_still_there() -> None:
         queue.push(records[2])
     assert len(queue) == 4
     assert list(queue).count(records[2]) == 1
-    assert queue.position(records[3]) == 3
+    assert queue.position(records[3], 0.0) == 3
     assert take_all(queue) == records
 
 
@@ -123,9 +155,11 @@ def test_removed_requests_do_not_pile_up() -> None:
         record = make_record(f"r{number}", sequence=number, arrival_s=float(number))
         queue.push(record)
         queue.remove(record)
-    assert len(queue._lanes["m"].heap) <= 65
+    line = queue.line("m")
+    assert isinstance(line, KeyedLine)
+    assert len(line._heap._heap) <= 65
     assert take_all(queue) == [keeper]
-    assert not queue._lanes
+    assert not queue._lines
 
 
 def test_position_counts_those_that_go_before() -> None:
@@ -134,7 +168,7 @@ def test_position_counts_those_that_go_before() -> None:
     queue.remove(records[0])
     queue.remove(records[4])
     waiting = [record for record in records if record.queued]
-    assert [queue.position(record) for record in waiting] == list(range(8))
+    assert [queue.position(record, 0.0) for record in waiting] == list(range(8))
 
 
 def test_a_new_policy_reorders_what_waits() -> None:
@@ -146,36 +180,39 @@ def test_a_new_policy_reorders_what_waits() -> None:
     for record in (low, normal, high, gone):
         queue.push(record)
     queue.remove(gone)
-    assert [queue.position(record) for record in (low, normal, high)] == [0, 1, 2]
-    queue.reorder(AdaptivePolicy())
-    assert [queue.position(record) for record in (high, normal, low)] == [0, 1, 2]
+    assert [queue.position(record, 0.0) for record in (low, normal, high)] == [0, 1, 2]
+    queue.reorder(lines_by(by_class))
+    assert [queue.position(record, 0.0) for record in (high, normal, low)] == [0, 1, 2]
     late = make_record("late", sequence=5, arrival_s=3.0, priority=RequestPriority.CRITICAL)
     queue.push(late)
     assert take_all(queue) == [late, high, normal, low]
 
 
-def test_stepping_over_uncovers_the_next_and_forgets_nothing() -> None:
+def test_new_lines_are_of_the_policy_in_force() -> None:
     queue = make_queue()
-    records = fill(queue, 5)
-    queue.step_over("m")
-    queue.step_over("m")
-    head = queue.head("m")
-    assert head is not None
-    assert head[2] is records[2]
-    queue.remove(records[2])
-    assert len(queue) == 4
-    queue.step_back("m")
-    assert take_all(queue) == [records[0], records[1], records[3], records[4]]
+    queue.reorder(lines_by(by_class))
+    background = make_record("background", sequence=1, priority=RequestPriority.BACKGROUND)
+    normal = make_record("normal", sequence=2, arrival_s=1.0)
+    queue.push(background)
+    queue.push(normal)
+    assert take_all(queue) == [normal, background]
 
 
-def test_stepping_over_the_last_one_leaves_no_head() -> None:
+def test_the_hopeless_stay_so_in_another_order_and_back() -> None:
+    def slo_line() -> WaitingLine:
+        return SloLine(by_arrival, 0.1)
+
     queue = make_queue()
-    [record] = fill(queue, 1)
-    queue.step_over("m")
-    assert queue.head("m") is None
-    queue.step_over("m")
-    queue.step_back("m")
-    assert take_all(queue) == [record]
+    queue.reorder(slo_line)
+    hopeless, feasible = fill(queue, 2)
+    # Otherwise it costs nothing to let it go first.
+    hopeless.work_s = 1.0
+    queue.demote(hopeless)
+    assert [queue.position(record, 0.0) for record in (feasible, hopeless)] == [0, 1]
+    queue.reorder(lines_by(by_arrival))
+    assert [queue.position(record, 0.0) for record in (feasible, hopeless)] == [1, 0]
+    queue.reorder(slo_line)
+    assert take_all(queue) == [feasible, hopeless]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +262,7 @@ def test_the_queue_is_a_sorted_list_per_model(
     steps: list[tuple[str, int, str, RequestPriority]],
 ) -> None:
     queue = make_queue()
-    policy: SchedulingPolicy = FifoPolicy()
+    key = by_arrival
     waiting: list[RequestRecord] = []
     removed: list[RequestRecord] = []
     for sequence, (step, number, model, priority) in enumerate(steps):
@@ -244,11 +281,11 @@ def test_the_queue_is_a_sorted_list_per_model(
             queue.push(record)
             waiting.append(record)
         elif step == "reorder":
-            policy = AdaptivePolicy() if number % 2 else FifoPolicy()
-            queue.reorder(policy)
+            key = by_class if number % 2 else by_arrival
+            queue.reorder(lines_by(key))
     assert len(queue) == len(waiting)
     assert queue.size_bytes == sum(record.size_bytes for record in waiting)
-    expected = sorted(waiting, key=lambda record: (policy.key(record), record.sequence))
+    expected = sorted(waiting, key=lambda record: (key(record), record.sequence))
     for model in ("m", "n"):
         assert take_all(queue, model) == [record for record in expected if record.model == model]
-    assert not queue._lanes
+    assert not queue._lines

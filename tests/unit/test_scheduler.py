@@ -28,16 +28,29 @@ from sagecp.core.errors import (
     RequestIdConflictError,
     RequestNotFoundError,
     SageError,
+    SettingsVersionError,
     StaleIncarnationError,
     UnknownNameError,
 )
-from sagecp.core.types import EngineCondition, FailoverMode, InstanceState, RequestPriority, RequestState
+from sagecp.core.fair_line import LaneKey
+from sagecp.core.policies.registry import SCHEDULING_POLICIES
+from sagecp.core.router.registry import LOAD_BALANCERS, ROUTING_STRATEGIES
+from sagecp.core.types import (
+    EngineCondition,
+    FailoverMode,
+    InstanceState,
+    PromptDigest,
+    RequestPriority,
+    RequestState,
+)
 from tests.support.core_world import (
     LOST_CONNECTION,
     REJECTED,
+    STEP_TIME,
     World,
     arrive,
     beat,
+    configure,
     dispatched,
     dispatched_to,
     fail,
@@ -699,20 +712,25 @@ SCENARIOS = [
             (arrive("normal"), ["accept normal"]),
             (1.0, []),
             (arrive("high", priority=RequestPriority.HIGH), ["accept high"]),
-            (ev.SchedulingConfigured("fifo", "round_robin", "least_connections"), []),
+            (configure("fifo", "round_robin", "least_connections"), ["settings 2"]),
             (succeeded("r1"), ["end r1 SUCCEEDED", "dispatch low#1 a"]),
-            (ev.SchedulingConfigured("adaptive", "random", "predicted_latency"), []),
+            (configure("adaptive", "random", "predicted_latency"), ["settings 3"]),
             (succeeded("low"), ["end low SUCCEEDED", "dispatch high#1 a"]),
             (succeeded("high"), ["end high SUCCEEDED", "dispatch normal#1 a"]),
         ],
         FULL,
     ),
     Scenario(
-        "a bad name leaves everything as it is",
+        "bad settings leave everything as it is",
         [
-            (ev.SchedulingConfigured("fifo", "no-such", "least_connections"), UnknownNameError),
-            (ev.SchedulingConfigured("fifo", "random", "no-such"), UnknownNameError),
-            (ev.SchedulingConfigured("no-such", "random", "least_connections"), UnknownNameError),
+            (configure("fifo", "no-such", "least_connections"), UnknownNameError),
+            (configure("fifo", "random", "no-such"), UnknownNameError),
+            (configure("no-such", "random", "least_connections"), UnknownNameError),
+            (configure(parameters={"no-such": 1.0}), InvalidRequestError),
+            (configure("fifo", parameters={"dispatch.patience": -1.0}), InvalidRequestError),
+            (configure(expected_version=2), SettingsVersionError),
+            (configure(revert_to_version=2), SettingsVersionError),
+            (configure(comment="x" * 257), InvalidRequestError),
         ],
     ),
 ]
@@ -729,7 +747,7 @@ def test_scenario(scenario: Scenario) -> None:
         else:
             lines = world.wait(step) if isinstance(step, float) else world.feed(step)
             assert lines == expected, f"step {number}: {step}"
-    assert (world.scheduler.config_version > 1) == ("new policy" in scenario.name)
+    assert (world.scheduler.settings.current.version > 1) == ("new policy" in scenario.name)
 
 
 # -- what effects carry ----------------------------------------------------------------
@@ -758,11 +776,11 @@ def test_the_receipt_of_a_dispatch() -> None:
 
 def test_decisions_say_which_configuration_made_them() -> None:
     world = World()
-    world.feed(healthy("a"), ev.SchedulingConfigured("fifo", "round_robin", "least_connections"))
+    world.feed(healthy("a"), configure("fifo", "round_robin", "least_connections"))
     world.feed(arrive("r1"))
     [decision] = world.record("r1").decisions
     assert (decision.scheduling_policy, decision.routing_strategy) == ("fifo", "round_robin")
-    assert decision.config_version == world.scheduler.config_version == 2
+    assert decision.config_version == world.scheduler.settings.current.version == 2
 
 
 def test_every_attempt_leaves_a_receipt() -> None:
@@ -897,6 +915,214 @@ def test_a_refusal_names_the_models_that_exist() -> None:
     assert refused.error.available == ("adapter", "m")
 
 
+# -- gates -----------------------------------------------------------------------------
+
+LONG = 10_000  # Prompt tokens: a prefill of about 0.6 s, longer than the window.
+WINDOW_S = 0.25
+
+
+def known(instance_id: str = "a", **fields: Any) -> ev.InstanceRegistered:
+    """An instance whose speed is known."""
+    return healthy(instance_id, step_time=STEP_TIME, **fields)
+
+
+def long_prompt(token_count: int = LONG, *block_hashes: int) -> PromptDigest:
+    return PromptDigest(token_count, block_hashes, 256)
+
+
+def prefill_s(token_count: int = LONG) -> float:
+    return STEP_TIME.prefill_s(token_count, token_count, batch_tokens=2048)
+
+
+def test_prefill_work_waits_here_and_not_in_the_engine() -> None:
+    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    assert dispatched(world.feed(known(), arrive("r1", prompt_digest=long_prompt()))) == ["r1"]
+    assert world.feed(arrive("r2", prompt_digest=long_prompt())) == ["accept r2"]
+    opens_s = prefill_s() - WINDOW_S
+    assert world.scheduler.next_timer_s() == pytest.approx(opens_s)
+    assert world.wait(opens_s - 0.01) == []
+    assert world.wait(0.011) == ["dispatch r2#1 a"]
+
+
+def test_a_first_token_that_comes_early_opens_the_gate() -> None:
+    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world.feed(known(), arrive("r1", prompt_digest=long_prompt()), arrive("r2", prompt_digest=long_prompt()))
+    world.now = 0.1
+    assert world.feed(progressed("r1")) == ["dispatch r2#1 a"]
+
+
+def test_an_engine_that_is_late_is_not_fed_at_its_old_pace() -> None:
+    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world.feed(
+        known(), arrive("r1", prompt_digest=long_prompt()), arrive("r2", prompt_digest=long_prompt(100))
+    )
+    world.wait(prefill_s() - WINDOW_S + 0.001)
+    assert not world.record("r2").queued
+    world.feed(arrive("r3"))
+    assert world.wait(10.0) == []
+    assert world.record("r3").queued
+    assert world.feed(progressed("r1"), progressed("r2"))[-1] == "dispatch r3#1 a"
+
+
+def test_an_engine_of_unknown_speed_has_no_gate() -> None:
+    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world.feed(healthy("a"))
+    for number in range(5):
+        assert dispatched(world.feed(arrive(f"r{number}", prompt_digest=long_prompt()))) == [f"r{number}"]
+
+
+def test_a_wide_window_lets_engines_queue() -> None:
+    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world.feed(known(), arrive("r1", prompt_digest=long_prompt()), arrive("r2", prompt_digest=long_prompt()))
+    lines = world.feed(configure(parameters={"dispatch.prefill_window_s": 3600.0}))
+    assert lines == ["settings 2", "dispatch r2#1 a"]
+
+
+def test_a_patient_policy_waits_for_a_better_instance_that_is_busy() -> None:
+    """The prompt is cached where other prefill goes on: better wait for it than compute it anew."""
+    blocks = tuple(range(LONG // 256))
+    arrivals = {}
+    for policy in ("slo_aware", "priority"):
+        world = World(scheduling_policy=policy, default_concurrency_limit=16)
+        world.feed(known("a"), arrive("r1", prompt_digest=long_prompt(LONG, *blocks)))
+        world.now = 1.0
+        world.feed(progressed("r1"), succeeded("r1"), arrive("r2", prompt_digest=long_prompt(LONG // 2)))
+        world.feed(known("b"))
+        arrivals[policy] = dispatched_to(world.feed(arrive("r3", prompt_digest=long_prompt(LONG, *blocks))))
+        if policy == "slo_aware":
+            record = world.record("r3")
+            assert record.waits_for == "a"
+            assert record.wait_until_s == world.scheduler.next_timer_s()
+            # Others may pass it meanwhile.
+            assert dispatched_to(world.feed(arrive("r4", prompt_digest=long_prompt(100)))) == ["b"]
+            assert dispatched_to(world.wait(record.wait_until_s - world.now)) == ["a"]
+    assert arrivals == {"slo_aware": [], "priority": ["b"]}
+
+
+def test_who_waits_for_an_instance_that_leaves_goes_elsewhere_at_once() -> None:
+    blocks = tuple(range(LONG // 256))
+    world = World(scheduling_policy="slo_aware", default_concurrency_limit=16)
+    world.feed(known("a"), arrive("r1", prompt_digest=long_prompt(LONG, *blocks)))
+    world.now = 1.0
+    world.feed(progressed("r1"), succeeded("r1"), arrive("r2", prompt_digest=long_prompt(LONG // 2)))
+    world.feed(known("b"), arrive("r3", prompt_digest=long_prompt(LONG, *blocks)))
+    assert world.record("r3").waits_for == "a"
+    assert dispatched_to(world.feed(ev.InstanceDeregistered("a"))) == ["b"]
+
+
+# -- prefixes --------------------------------------------------------------------------
+
+
+def test_a_prompt_goes_where_its_start_is_cached_until_that_engine_restarts() -> None:
+    blocks = tuple(range(8))
+
+    def place(world: World, request_id: str) -> str:
+        [instance_id] = dispatched_to(
+            world.feed(arrive(request_id, prompt_digest=long_prompt(2100, *blocks)))
+        )
+        # Exactly as predicted, so that nothing but the cache tells the instances apart.
+        world.now += world.record(request_id).predicted_ttft_s
+        world.feed(progressed(request_id), succeeded(request_id))
+        return instance_id
+
+    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world.feed(*(known(name, key_value_token_capacity=100_000) for name in "abc"))
+    assert [place(world, f"r{n}") for n in range(4)] == ["a"] * 4
+    receipt = world.effects(arrive("asked", prompt_digest=long_prompt(2100, *blocks)))[-1]
+    assert isinstance(receipt, fx.DispatchAttempt)
+    assert "2048 tokens cached" in receipt.decision.reason
+    world.feed(
+        beat("a", 0, prompt_token_count=5000),
+        beat("a", 0, prompt_token_count=10),
+    )
+    assert place(world, "after") == "b"
+
+
+# -- accounts --------------------------------------------------------------------------
+
+
+def test_a_tenant_is_charged_for_what_never_waited() -> None:
+    """The line is gone with its last request; what it cost is remembered."""
+    world = World(scheduling_policy="priority", default_concurrency_limit=1)
+    world.feed(known())
+    account = world.scheduler._dispatcher._books.account(LaneKey("m", RequestPriority.NORMAL), "large")
+    for number in range(3):
+        before_s = account.standing_s
+        world.feed(arrive(f"r{number}", tenant_id="large", prompt_digest=long_prompt()))
+        assert account.running_count == 1
+        world.now += world.record(f"r{number}").predicted_ttft_s
+        world.feed(progressed(f"r{number}"), succeeded(f"r{number}"))
+        # Its prompt's work; it produced nothing.
+        assert account.standing_s - before_s == pytest.approx(STEP_TIME.work_s(LONG, LONG), rel=0.1)
+        assert account.running_count == 0
+
+
+def test_what_was_charged_and_never_delivered_is_given_back() -> None:
+    world = World(scheduling_policy="priority", default_concurrency_limit=4)
+    world.feed(known(), arrive("r1", tenant_id="t", prompt_digest=long_prompt()))
+    account = world.scheduler._dispatcher._books.account(LaneKey("m", RequestPriority.NORMAL), "t")
+    assert account.standing_s == pytest.approx(world.record("r1").cost_s)
+    assert account.running_count == 1
+    world.feed(ev.RequestCancelled("r1"))
+    assert (account.standing_s, account.running_count) == (0.0, 0)
+
+
+# -- predictions -----------------------------------------------------------------------
+
+
+def test_predictions_are_kept_and_compared_with_what_came() -> None:
+    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world.feed(known(), arrive("r1", prompt_digest=long_prompt(), max_tokens=100))
+    record = world.record("r1")
+    assert record.predicted_ttft_s == pytest.approx(prefill_s())
+    assert record.predicted_tpot_s == pytest.approx(STEP_TIME.decode_step_s(1, LONG), rel=0.1)
+    assert record.cost_s > record.work_s > 0.5
+    world.now = record.predicted_ttft_s
+    world.feed(progressed("r1"))
+    world.now += 99 * record.predicted_tpot_s
+    world.feed(ev.AttemptSucceeded("r1", 1, 100))
+    assert world.scheduler.book.output_lengths.observation_count == 1
+
+
+def test_an_infeasible_deadline_is_refused_at_once() -> None:
+    world = World()
+    world.feed(known())
+    lines = world.feed(arrive("r1", prompt_digest=long_prompt(200_000), slo_deadline_ms=1000.0))
+    assert lines == ["reject r1 INFEASIBLE"]
+    assert world.scheduler.live_count == 0
+
+
+# -- settings --------------------------------------------------------------------------
+
+
+def test_settings_are_versions_that_can_be_gone_back_to() -> None:
+    world = World(scheduling_policy="fifo")
+    world.feed(
+        configure("slo_aware", parameters={"dispatch.patience": 0.2}, comment="try it", expected_version=1),
+        configure(routing_strategy="affinity", load_balancer="least_connections"),
+    )
+    scheduler = world.scheduler
+    assert scheduler.settings.current.version == 3
+    assert scheduler.policy_in_force == "slo_aware"
+    world.now = 9.0
+    assert world.feed(configure(revert_to_version=1)) == ["settings 4"]
+    current = scheduler.settings.current
+    assert (current.scheduling_policy, current.routing_strategy) == ("fifo", "load_balanced")
+    assert current.values["dispatch.patience"] == 0.05
+    assert (current.update_s, current.comment) == (9.0, "back to version 1")
+    assert scheduler.policy_in_force == "fifo"
+    assert scheduler.why_policy() == "back to version 1"
+
+
+def test_the_policy_in_force_is_in_the_receipt() -> None:
+    world = World(scheduling_policy="adaptive")
+    world.feed(healthy("a"), arrive("r1"))
+    [decision] = world.record("r1").decisions
+    assert decision.scheduling_policy == "adaptive"
+    assert decision.policy_in_force == world.scheduler.policy_in_force != "adaptive"
+    assert world.scheduler.why_policy()
+
+
 # -- timers and counts -----------------------------------------------------------------
 
 
@@ -990,10 +1216,10 @@ def event_log(seed: int, count: int) -> list[tuple[ev.Event, float]]:
             healthy(name, draw.choice("mn"), model_aliases=("m",)),
             probe(name),
             ev.ClockAdvanced(),
-            ev.SchedulingConfigured(
-                draw.choice(["fifo", "adaptive"]),
-                draw.choice(["random", "random", "load_balanced", "round_robin"]),
-                "predicted_latency",
+            configure(
+                draw.choice(SCHEDULING_POLICIES.names),
+                draw.choice(["random", "random", *ROUTING_STRATEGIES.names]),
+                draw.choice(LOAD_BALANCERS.names),
             ),
         ]
         happen(draw.choices(kinds, weights=[30, 10, 20, 15, 2, 8, 5, 1])[0])

@@ -1,43 +1,46 @@
-"""The default: order of arrival, bent by priority where classes compete."""
+"""Chooses among the other policies by evidence."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import ClassVar
 
-from sagecp.core.policies.base import SchedulingPolicy
+from sagecp.core.placement import CandidateRow, RequestRow
+from sagecp.core.policies.base import PolicyContext, SchedulingPolicy
+from sagecp.core.policies.priority import PriorityPolicy
 from sagecp.core.request import RequestRecord
-from sagecp.core.types import RequestPriority
-
-# A head start in seconds per class. A request that has waited this much longer
-# than a NORMAL one counts as its equal, so nothing starves.
-HEAD_START_S: Mapping[RequestPriority, float] = {
-    RequestPriority.CRITICAL: 300.0,
-    RequestPriority.HIGH: 30.0,
-    RequestPriority.NORMAL: 0.0,
-    RequestPriority.LOW: -60.0,
-    RequestPriority.BACKGROUND: -600.0,
-}
+from sagecp.core.waiting_line import WaitingLine
 
 
 class AdaptivePolicy(SchedulingPolicy):
-    """Arrival time minus a head start per priority class.
-
-    Adapts by construction: while one class is present this is exactly ``fifo``;
-    when several compete, important requests overtake by at most their head
-    start, and age does the rest. Choosing between whole policies by evidence
-    needs the policies that this version does not have yet.
-    """
+    """Lets another policy decide, and says which and why."""
 
     name: ClassVar[str] = "adaptive"
 
-    def key(self, request: RequestRecord) -> float:
-        """Return the arrival time minus the head start, in seconds."""
-        return request.arrival_s - HEAD_START_S[request.metadata.priority]
+    def __init__(self, context: PolicyContext) -> None:
+        super().__init__(context)
+        self.inner: SchedulingPolicy = PriorityPolicy(context)
+        self._why = "the start: nothing was seen yet"
 
-    def explain(self, request: RequestRecord) -> str:
+    @property
+    def in_force(self) -> str:
+        """Name of the policy that decides."""
+        return self.inner.name
+
+    def new_line(self) -> WaitingLine:
+        """Return a line of the policy that decides."""
+        return self.inner.new_line()
+
+    def rescore(
+        self, request: RequestRow, candidate: CandidateRow, score: float, parameters: Mapping[str, float]
+    ) -> float:
+        """Leave it to the policy that decides."""
+        return self.inner.rescore(request, candidate, score, parameters)
+
+    def explain(self, record: RequestRecord) -> str:
         """Return why the request was next."""
-        return (
-            f"adaptive: first by arrival with the head start of {request.metadata.priority.name} "
-            f"({HEAD_START_S[request.metadata.priority]:+.0f} s)"
-        )
+        return f"adaptive: {self.inner.explain(record)}"
+
+    def why(self) -> str:
+        """Return why the policy that decides is in force."""
+        return self._why

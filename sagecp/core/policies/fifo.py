@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from sagecp.core.policies.base import SchedulingPolicy
 from sagecp.core.request import RequestRecord
+from sagecp.core.waiting_line import KeyedLine, WaitingLine
 
 
 class FifoPolicy(SchedulingPolicy):
@@ -13,10 +14,10 @@ class FifoPolicy(SchedulingPolicy):
 
     name: ClassVar[str] = "fifo"
 
-    def key(self, request: RequestRecord) -> float:
-        """Return the arrival time."""
-        return request.arrival_s
+    def new_line(self) -> WaitingLine:
+        """Return a line in order of arrival."""
+        return KeyedLine(lambda record: record.arrival_s)
 
-    def explain(self, request: RequestRecord) -> str:
+    def explain(self, record: RequestRecord) -> str:
         """Return why the request was next."""
-        return f"fifo: oldest request waiting for {request.model}"
+        return f"fifo: oldest request waiting for {record.model}"

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from sagecp.core.placement import CandidateRow, RequestRow
 from sagecp.core.request import RequestRecord
-from sagecp.core.router.base import (
-    RECEIPT_CANDIDATE_LIMIT,
-    InstanceView,
-    Placement,
-    RoutingContext,
-    RoutingStrategy,
-)
-from sagecp.core.types import CandidateScore
+from sagecp.core.router.base import InstanceView, LoadBalancer, RoutingStrategy, ScorerContext
 
 
 class LoadBalancedStrategy(RoutingStrategy):
@@ -26,26 +19,22 @@ class LoadBalancedStrategy(RoutingStrategy):
 
     name: ClassVar[str] = "load_balanced"
 
-    def __init__(self, context: RoutingContext) -> None:
-        self._balancer = context.load_balancer
+    def __init__(self, context: ScorerContext, balancer: LoadBalancer) -> None:
+        super().__init__(context, balancer)
+        # Nothing is added to what the balancer does, not even a call.
+        self.extras = balancer.extras  # type: ignore[method-assign]
+        self.score = balancer.score  # type: ignore[method-assign]
+        self.terms = balancer.terms  # type: ignore[method-assign]
+        self.reason = balancer.reason  # type: ignore[method-assign]
+        self.wants = balancer.wants  # type: ignore[method-assign]
+        self.note_dispatch = balancer.note_dispatch  # type: ignore[method-assign]
+        self.note_fleet = balancer.note_fleet  # type: ignore[method-assign]
+        self.is_loss = balancer.is_loss  # type: ignore[misc]
 
-    def place(self, request: RequestRecord, candidates: Sequence[InstanceView]) -> Placement:
-        """Choose the lowest score."""
-        scores = self._balancer.scores(request, candidates)
-        # Ids are unique: no comparison gets as far as the candidates themselves.
-        ranked = heapq.nsmallest(
-            RECEIPT_CANDIDATE_LIMIT,
-            zip(
-                scores,
-                [c.last_dispatch_sequence for c in candidates],
-                [c.instance_id for c in candidates],
-                candidates,
-                strict=True,
-            ),
-        )
-        score, _, instance_id, best = ranked[0]
-        return Placement(
-            instance_id,
-            tuple(CandidateScore(candidate_id, value) for value, _, candidate_id, _ in ranked),
-            self._balancer.reason(request, best, score),
-        )
+    def extras(self, request: RequestRecord, instances: Sequence[InstanceView]) -> Sequence[float] | None:
+        """Leave it to the balancer."""
+        return self.balancer.extras(request, instances)
+
+    def score(self, request: RequestRow, candidate: CandidateRow, parameters: Mapping[str, float]) -> float:
+        """Leave it to the balancer."""
+        return self.balancer.score(request, candidate, parameters)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
-from sagecp.core.request import RequestRecord
-from sagecp.core.router.base import (
-    RECEIPT_CANDIDATE_LIMIT,
-    InstanceView,
-    Placement,
-    RoutingStrategy,
-)
-from sagecp.core.types import CandidateScore
+from sagecp.core.placement import CandidateRow, RequestRow
+from sagecp.core.router.base import RoutingStrategy
 
 
 class RoundRobinStrategy(RoutingStrategy):
@@ -25,13 +18,10 @@ class RoundRobinStrategy(RoutingStrategy):
 
     name: ClassVar[str] = "round_robin"
 
-    def place(self, request: RequestRecord, candidates: Sequence[InstanceView]) -> Placement:
-        """Choose the one whose last dispatch is oldest."""
-        order = heapq.nsmallest(
-            RECEIPT_CANDIDATE_LIMIT, [(c.last_dispatch_sequence, c.instance_id) for c in candidates]
-        )
-        return Placement(
-            order[0][1],
-            tuple(CandidateScore(instance_id, float(sequence)) for sequence, instance_id in order),
-            "round_robin: chosen longest ago",
-        )
+    def score(self, request: RequestRow, candidate: CandidateRow, parameters: Mapping[str, float]) -> float:
+        """Return the number of its last dispatch."""
+        return float(candidate.last_dispatch_sequence)
+
+    def reason(self, request: RequestRow, best: CandidateRow, score: float) -> str:
+        """Return why ``best`` won."""
+        return "round_robin: chosen longest ago"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
-from sagecp.core.request import RequestRecord
-from sagecp.core.router.base import InstanceView, LoadBalancer
+from sagecp.core.placement import CandidateRow, RequestRow
+from sagecp.core.router.base import LoadBalancer
 
 
 class LeastConnectionsBalancer(LoadBalancer):
@@ -17,10 +17,10 @@ class LeastConnectionsBalancer(LoadBalancer):
 
     name: ClassVar[str] = "least_connections"
 
-    def scores(self, request: RequestRecord, candidates: Sequence[InstanceView]) -> list[float]:
-        """Return the share of each limit in use, 0 to 1."""
-        return [c.in_flight_count / c.concurrency_limit for c in candidates]
+    def score(self, request: RequestRow, candidate: CandidateRow, parameters: Mapping[str, float]) -> float:
+        """Return the share of the limit in use, 0 to 1."""
+        return candidate.in_flight_count / candidate.concurrency_limit
 
-    def reason(self, request: RequestRecord, best: InstanceView, score: float) -> str:
+    def reason(self, request: RequestRow, best: CandidateRow, score: float) -> str:
         """Return why ``best`` won."""
         return f"least_connections: {best.in_flight_count} of {best.concurrency_limit} in flight"

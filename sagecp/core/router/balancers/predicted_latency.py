@@ -1,55 +1,84 @@
-"""Shortest predicted latency, from what was learned of each instance."""
+"""Least expected loss, from what a model of the engines predicts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
-from sagecp.core.request import RequestRecord
-from sagecp.core.router.base import InstanceView, LoadBalancer
-
-# What a request takes on an instance nobody has measured, in seconds. Only
-# ratios matter, so the value shows only while the whole fleet is unmeasured.
-PRIOR_LATENCY_S = 1.0
-# An instance that got none of this many dispatches per candidate is measured anew.
-NEGLECTED_DISPATCH_COUNT = 64
+from sagecp.core.parameters import Parameter
+from sagecp.core.placement import CandidateRow, RequestRow
+from sagecp.core.prediction.placement import miss_probability, predict
+from sagecp.core.router.base import LoadBalancer
 
 
 class PredictedLatencyBalancer(LoadBalancer):
-    """Learned latency of an instance, times the number of requests it would then have.
+    """The chance to miss an objective, plus the price of the engine time that is spent.
 
-    ``latency * (in_flight + 1)``, the shortest expected delay: the capacity of
-    an engine is shared by what runs on it, so a burst spreads over the fleet in
-    proportion to speed, however small it is beside the limits.
+    ``J = 1 - (1 - P(ttft misses)) (1 - P(tpot misses)) + price * work + tilt * ttft / objective``
 
-    An instance without history is given the mean of those with one, so that
-    newcomers are tried. An old measurement may be wrong by now, and an instance
-    that looks slow gets no new one: after many dispatches to others it counts as
-    fast as the fastest, once. A step-time model per GPU type replaces this
-    estimate once the core has one.
+    The price of a second of engine time is in expected good requests: work that
+    a cached prefix saves is worth as much as a better chance elsewhere. The
+    last term decides where no objective is in danger.
     """
 
     name: ClassVar[str] = "predicted_latency"
+    is_loss: ClassVar[bool] = True
+    PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
+        Parameter(
+            "predicted_latency.work_price", 0.5, 0.0, 100.0, "Good requests one engine second is worth."
+        ),
+        Parameter(
+            "predicted_latency.ttft_tilt",
+            0.02,
+            0.0,
+            10.0,
+            "Weight of the predicted share of the TTFT objective.",
+        ),
+        Parameter(
+            "predicted_latency.young_risk", 0.1, 0.0, 10.0, "Chance that a young decode ends within a stall."
+        ),
+        Parameter("predicted_latency.ttft_sigma", 0.35, 0.01, 3.0, "Least assumed spread of log TTFT."),
+        Parameter("predicted_latency.tpot_sigma", 0.6, 0.01, 3.0, "Assumed spread of log TPOT."),
+    )
 
-    def scores(self, request: RequestRecord, candidates: Sequence[InstanceView]) -> list[float]:
-        """Return the predicted latency of each, in seconds."""
-        known = [c.latency_estimate_s for c in candidates if c.latency_estimate_s is not None]
-        newcomer_s = sum(known) / len(known) if known else PRIOR_LATENCY_S
-        fastest_s = min(known, default=PRIOR_LATENCY_S)
-        last = max(c.last_dispatch_sequence for c in candidates)
-        neglected_before = last - NEGLECTED_DISPATCH_COUNT * len(candidates)
-        return [
-            (
-                newcomer_s
-                if c.latency_estimate_s is None
-                else fastest_s
-                if c.last_dispatch_sequence < neglected_before
-                else c.latency_estimate_s
-            )
-            * (c.in_flight_count + 1)
-            for c in candidates
-        ]
+    def score(self, request: RequestRow, candidate: CandidateRow, parameters: Mapping[str, float]) -> float:
+        """Return the expected loss J."""
+        predicted = predict(request, candidate)
+        ttft_s = predicted.ttft_s + request.waited_s
+        sigma = max(parameters["predicted_latency.ttft_sigma"], candidate.sigma)
+        objective_s = request.ttft_objective_s
+        missed = miss_probability(ttft_s, objective_s, sigma)
+        slow = miss_probability(
+            predicted.tpot_s, request.tpot_objective_s, parameters["predicted_latency.tpot_sigma"]
+        )
+        return (
+            1.0
+            - (1.0 - missed) * (1.0 - slow)
+            + parameters["predicted_latency.work_price"] * predicted.work_s
+            + parameters["predicted_latency.young_risk"]
+            * candidate.young_decode_count
+            * min(1.0, predicted.work_s / 5.0)
+            + parameters["predicted_latency.ttft_tilt"] * ttft_s / objective_s
+        )
 
-    def reason(self, request: RequestRecord, best: InstanceView, score: float) -> str:
+    def terms(
+        self, request: RequestRow, candidate: CandidateRow, parameters: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Return the predictions behind the loss."""
+        predicted = predict(request, candidate)
+        return {
+            "ttft_s": predicted.ttft_s,
+            "tpot_s": predicted.tpot_s,
+            "work_s": predicted.work_s,
+            "cached_tokens": float(candidate.cached_token_count),
+            "backlog_s": candidate.backlog_s,
+        }
+
+    def reason(self, request: RequestRow, best: CandidateRow, score: float) -> str:
         """Return why ``best`` won."""
-        return f"predicted_latency: {score:.3f} s with {best.in_flight_count} in flight"
+        predicted = predict(request, best)
+        cached = f", {best.cached_token_count} tokens cached" if best.cached_token_count else ""
+        return (
+            f"predicted_latency: least expected loss {score:.3f}; first token in {predicted.ttft_s:.3f} s, "
+            f"then {predicted.tpot_s * 1000:.0f} ms per token{cached}"
+        )

@@ -1,0 +1,1 @@
+"""Prediction: how long steps take, how long answers get, and how right that was."""
