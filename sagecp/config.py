@@ -1,6 +1,8 @@
 """Configuration, validated once and then frozen.
 
 A TOML file has one table per class below; command-line flags win over it.
+Parameters of policies, strategies and balancers are in ``[scheduler.parameters]``,
+under their own names in quotes or as tables within it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.errors import FieldViolation, InvalidRequestError
+from sagecp.core.settings import PARAMETERS
 
 DEFAULT_PORT = 50051
 
@@ -171,6 +174,10 @@ class ServerConfig:
             ("scheduler.", self.scheduler),
         ):
             violations += _check_numbers(prefix, section)
+        violations += [
+            FieldViolation(f"scheduler.{each.field}", each.description)
+            for each in PARAMETERS.violations(self.scheduler.parameters)
+        ]
         if self.log_level not in {"debug", "info", "warning", "error"}:
             violations.append(
                 FieldViolation("log_level", f"{self.log_level!r}; choose debug, info, warning or error")
@@ -272,6 +279,11 @@ def _build(
                 values[name] = _build(typing.cast("type[Any]", expected), value, f"{where}.", violations)
             else:
                 violations.append(FieldViolation(where, f"must be a table [{where}]"))
+        elif typing.get_origin(expected) is Mapping:
+            if isinstance(value, Mapping):
+                values[name] = _flat_numbers(value, where, violations)
+            else:
+                violations.append(FieldViolation(where, f"must be a table [{where}]"))
         elif expected is float and isinstance(value, int) and not isinstance(value, bool):
             values[name] = float(value)
         elif type(value) is not expected:
@@ -281,3 +293,23 @@ def _build(
         else:
             values[name] = value
     return kind(**values) if not violations else None
+
+
+def _flat_numbers(table: Mapping[str, Any], where: str, violations: list[FieldViolation]) -> dict[str, float]:
+    """Return the numbers of a table by dotted name: ``"a.b" = 1`` and ``a.b = 1`` are the same."""
+    numbers: dict[str, float] = {}
+    pending = list(table.items())
+    while pending:
+        name, value = pending.pop(0)
+        field = f"{where}[{name!r}]"
+        if isinstance(value, Mapping):
+            pending += [(f"{name}.{inner}", below) for inner, below in value.items()]
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            violations.append(
+                FieldViolation(field, f"must be a number, and is {type(value).__name__} {value!r}")
+            )
+        elif name in numbers:
+            violations.append(FieldViolation(field, "is given twice: in quotes, and as a table"))
+        else:
+            numbers[name] = float(value)
+    return numbers

@@ -44,6 +44,7 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
     "Operate": {
         "instances": Entry("sagecp.cli.instances:instances", "List, register and remove engines."),
         "status": Entry("sagecp.cli.status:status", "Show the state of the control plane."),
+        "policy": Entry("sagecp.cli.policy:policy", "Show and change how requests are ordered and placed."),
         "metrics": Entry("sagecp.cli.metrics:metrics", "Show latencies, throughput and objectives."),
     },
     "Run": {
@@ -53,6 +54,9 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
         ),
         "engine-sim": Entry(
             "sagecp.sim.engine_cli:engine_sim", "Run a simulated vLLM, without a GPU.", "sim"
+        ),
+        "simulate": Entry(
+            "sagecp.cli.simulate.command:simulate", "Try a policy on a trace, on a virtual clock.", "sim"
         ),
         "dev": Entry("sagecp.cli.dev.command:dev", "Run all of it on this machine, to try things.", "all"),
         "demo": Entry("sagecp.cli.demo.command:demo", "Replay a real trace and report the latencies.", "all"),

@@ -71,9 +71,31 @@ class PairType(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
         return key, text
 
 
+class NumberPairType(PairType):
+    """NAME=NUMBER."""
+
+    name = "name=number"
+
+    def convert(  # type: ignore[override]  # a number instead of a text
+        self, value: str | tuple[str, float], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        """Return name and number."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = None
+        if not equals or not name.strip() or number is None:
+            self.fail(f"{value!r} is not NAME=NUMBER; for example priority.boost_high_s=60", param, ctx)
+        return name.strip(), number
+
+
 DURATION = DurationType()
 JSON_PAIR = JsonPairType()
 PAIR = PairType()
+NUMBER_PAIR = NumberPairType()
 
 
 @dataclass(frozen=True, slots=True)

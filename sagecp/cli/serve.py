@@ -9,7 +9,7 @@ import click
 
 from sagecp.cli.exit_codes import ExitCode
 from sagecp.cli.failures import CliError
-from sagecp.cli.options import DURATION, debug_option
+from sagecp.cli.options import DURATION, NUMBER_PAIR, debug_option
 
 # Option, and the setting it overrides: section (empty: the top) and name.
 _SETTINGS = {
@@ -45,6 +45,14 @@ _SETTINGS = {
 @click.option("--scheduling-policy", metavar="NAME", help="Order of waiting requests.  [adaptive]")
 @click.option("--routing-strategy", metavar="NAME", help="Choice among instances.  [load_balanced]")
 @click.option("--load-balancer", metavar="NAME", help="How load_balanced balances.  [predicted_latency]")
+@click.option(
+    "--set",
+    "parameters",
+    multiple=True,
+    type=NUMBER_PAIR,
+    metavar="NAME=NUMBER",
+    help="A parameter of these, on top of the file's; repeatable. `sagecp policy parameters` lists them.",
+)
 @click.option("--max-queue", type=int, metavar="N", help="Most requests that may wait.  [100000]")
 @click.option(
     "--drain-timeout", type=DURATION, metavar="T", help="How long requests may go on after SIGTERM.  [30s]"
@@ -104,6 +112,9 @@ def _with_flags(config: Any, flags: dict[str, Any]) -> Any:  # noqa: ANN401 - a 
     for flag, (section, name) in _SETTINGS.items():
         if flags[flag] is not None:
             changes.setdefault(section, {})[name] = flags[flag]
+    if flags["parameters"]:
+        merged = {**config.scheduler.parameters, **dict(flags["parameters"])}
+        changes.setdefault("scheduler", {})["parameters"] = merged
     top = changes.pop("", {})
     if top.get("metrics_listen") == "off":
         top["metrics_listen"] = ""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import click
 
 from sagecp.cli.options import ServerOptions, output_option, server_options
+
+# Columns before the values, and the least that a long value is given.
+_NAMES_WIDTH = 16
+_LEAST_WIDTH = 30
 
 
 @click.command("status")
@@ -40,6 +46,11 @@ def status(connection: ServerOptions, as_json: bool) -> None:
         f"{name} {render.count(number)}" for name, number in now.queued_count_by_priority.items() if number
     ]
     health = render.state_text("SERVING") if now.accepting else render.state_text("DRAINING")
+    order = now.scheduling_policy
+    if message.policy_in_force and message.policy_in_force != order:
+        order += f" ({message.policy_in_force} in force)"
+    if now.policy_reason:
+        order += f": {now.policy_reason}"
     placement = now.routing_strategy + (f", {now.load_balancer}" if now.load_balancer else "")
     render.print_pairs(
         [
@@ -51,11 +62,34 @@ def status(connection: ServerOptions, as_json: bool) -> None:
             ("queued", f"{render.count(now.queued_requests)} of at most {render.count(now.queue_capacity)}"),
             ("  by model", ", ".join(queues)),
             ("  by priority", ", ".join(classes)),
-            ("order", now.scheduling_policy + (f": {now.policy_reason}" if now.policy_reason else "")),
+            ("order", textwrap.fill(order, max(_LEAST_WIDTH, render.terminal_width() - _NAMES_WIDTH))),
             ("placement", f"{placement} (configuration {now.config_version})"),
             ("event loop lag", render.duration(now.event_loop_lag_s)),
         ]
     )
+    if message.prediction_accuracy:
+        click.echo()
+        render.print_table(
+            (
+                render.Column("PREDICTED"),
+                render.Column("COMPARED", right=True),
+                render.Column("ACTUAL/PREDICTED", right=True),
+                render.Column("MEDIAN ERROR", right=True),
+                render.Column("P90 ERROR", right=True),
+                render.Column("BELOW BOUND", right=True, optional=True),
+            ),
+            [
+                (
+                    each.quantity,
+                    render.count(each.sample_count),
+                    f"{each.bias:.2f}",
+                    f"{each.median_error:,.0%}",
+                    f"{each.p90_error:,.0%}",
+                    f"{each.coverage:.0%}" if each.HasField("coverage") else render.NONE,
+                )
+                for each in message.prediction_accuracy
+            ],
+        )
     if now.recent_faults:
         click.echo()
         render.print_table(

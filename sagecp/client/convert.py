@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,6 +13,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sagecp.client.errors import invalid_argument
 from sagecp.client.values import Chunk, Instance, Metrics
 from sagecp.core.errors import ErrorReason, Failure, FieldViolation
+from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
+from sagecp.core.prediction.step_time import StepTimeParameters
 from sagecp.core.types import (
     AttemptRecord,
     CandidateScore,
@@ -149,7 +152,7 @@ def chunk(message: inference_service_pb2.TokenChunk) -> Chunk:
 
 
 def decision(message: scheduling_pb2.SchedulingDecision) -> SchedulingDecision:
-    """Return the receipt of a dispatch."""
+    """Return the receipt of a dispatch; `core.receipts.run_again` takes it."""
     return SchedulingDecision(
         request_id=message.request_id,
         epoch=message.epoch,
@@ -166,7 +169,29 @@ def decision(message: scheduling_pb2.SchedulingDecision) -> SchedulingDecision:
             for each in message.candidates
         ),
         candidate_count=message.candidate_count,
+        policy_in_force=message.policy_in_force,
+        inputs=_placement_inputs(message.inputs) if message.HasField("inputs") else None,
     )
+
+
+def _placement_inputs(message: scheduling_pb2.PlacementInputs) -> PlacementInputs:
+    # The rows' fields and the messages' have the same names.
+    request = {name: getattr(message.request, name) for name in RequestRow._fields}
+    return PlacementInputs(
+        RequestRow(**request),
+        tuple(_candidate_row(each) for each in message.candidates),
+        dict(message.parameters),
+    )
+
+
+def _candidate_row(message: scheduling_pb2.PlacementCandidateInputs) -> CandidateRow:
+    values: dict[str, Any] = {name: getattr(message, name) for name in CandidateRow._fields}
+    values["is_open"] = int(message.is_open)
+    constants = {
+        each.name: getattr(message.step_time, each.name) for each in dataclasses.fields(StepTimeParameters)
+    }
+    values["step_time"] = StepTimeParameters(**constants)
+    return CandidateRow(**values)
 
 
 def instance(message: instance_pb2.Instance) -> Instance:

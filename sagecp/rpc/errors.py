@@ -49,6 +49,7 @@ _CODES: Mapping[ErrorReason, grpc.StatusCode] = {
     ErrorReason.INFEASIBLE: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorReason.FLEET_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorReason.TOO_MANY_STREAMS: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ErrorReason.SETTINGS_VERSION_CONFLICT: grpc.StatusCode.ABORTED,
 }
 
 

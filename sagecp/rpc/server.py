@@ -23,6 +23,7 @@ from sagecp.core.errors import SageError
 from sagecp.rpc.interceptors.access_log import AccessLog
 from sagecp.rpc.interceptors.call import CallInterceptor, CallObserver
 from sagecp.rpc.interceptors.metrics import RpcMetrics
+from sagecp.rpc.prediction_metrics import PredictionCollector
 from sagecp.rpc.servicers.admin import AdminServicer
 from sagecp.rpc.servicers.fleet import FleetServicer
 from sagecp.rpc.servicers.inference import InferenceServicer
@@ -115,6 +116,7 @@ class ControlPlaneServer:
             ListenError: The address is in use or not ours; or the TLS files are not usable.
         """
         observers: list[CallObserver] = [AccessLog(), RpcMetrics(self.registry)]
+        self.registry.register(PredictionCollector(self.manager.prediction_accuracy))
         server = grpc.aio.server(
             interceptors=[CallInterceptor(observers)],
             options=channel_options(self.config),

@@ -13,6 +13,7 @@ from sagecp.core import events as ev
 from sagecp.core.errors import ErrorReason, Failure, InvalidRequestError
 from sagecp.core.request import RequestRecord
 from sagecp.core.scheduler import Scheduler
+from sagecp.core.settings import SchedulingSettings
 from sagecp.core.types import (
     ExecutionInstance,
     InstanceState,
@@ -153,6 +154,8 @@ class ControlLoop:
                 logger.info(
                     "instance removed", extra={"instance_id": effect.instance_id, "reason": effect.reason}
                 )
+            elif isinstance(effect, fx.SettingsChanged):
+                _log_settings(effect.settings)
             else:
                 rejected = effect
         self._arm_timer(now)
@@ -213,7 +216,16 @@ class ControlLoop:
             self.feed(ev.AttemptFailed(request_id, epoch, failure, retryable=False))
         else:
             handle.outcome = result.outcome
-            self.feed(ev.AttemptSucceeded(request_id, epoch, handle.output.token_count))
+            usage = handle.usage()
+            self.feed(
+                ev.AttemptSucceeded(
+                    request_id,
+                    epoch,
+                    handle.output.token_count,
+                    prompt_token_count=usage.prompt_token_count,
+                    cached_prompt_token_count=usage.cached_prompt_token_count,
+                )
+            )
 
     def _finish(self, effect: fx.RequestEnded, now: float) -> None:
         record = effect.record
@@ -306,3 +318,18 @@ class ControlLoop:
             except Exception:
                 # A net with a hole is still a net.
                 logger.exception("scheduling pass crashed")
+
+
+def _log_settings(settings: SchedulingSettings) -> None:
+    """Log who changed what: it decides where every later request goes."""
+    logger.info(
+        "scheduling settings changed",
+        extra={
+            "version": settings.version,
+            "scheduling_policy": settings.scheduling_policy,
+            "routing_strategy": settings.routing_strategy,
+            "load_balancer": settings.load_balancer,
+            "parameters": dict(settings.parameters),
+            "comment": settings.comment,
+        },
+    )

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from sagecp.config import EngineConfig, RuntimeConfig
 from sagecp.core import events as ev
@@ -19,7 +19,9 @@ from sagecp.core.errors import (
     ShuttingDownError,
 )
 from sagecp.core.fleet import InstanceRecord
+from sagecp.core.prediction.accuracy import QuantityAccuracy
 from sagecp.core.scheduler import Scheduler
+from sagecp.core.settings import SchedulingSettings, SettingsChange
 from sagecp.core.types import (
     ControlPlaneStatus,
     ExecutionInstance,
@@ -59,6 +61,7 @@ class ControlPlaneManager:
 
     Raises:
         UnknownNameError: A name is not known; lists those that are.
+        InvalidRequestError: Names every bad parameter of ``scheduler``.
     """
 
     def __init__(
@@ -234,7 +237,8 @@ class ControlPlaneManager:
         return tuple(handle.record.decisions)
 
     def _queue_position(self, handle: RequestHandle) -> int | None:
-        return self.scheduler.queue.position(handle.record) if handle.record.queued else None
+        record = handle.record
+        return self.scheduler.queue.position(record, self._clock()) if record.queued else None
 
     # -- fleet ---------------------------------------------------------------------
 
@@ -306,7 +310,44 @@ class ControlPlaneManager:
         """Return the Unix time of a time on the core's clock."""
         return time_s + self._loop.wall_offset_s
 
+    # -- scheduling settings ---------------------------------------------------------
+
+    def scheduling_settings(self) -> SchedulingSettings:
+        """Return the settings in force."""
+        return self.scheduler.settings.current
+
+    def scheduling_versions(self) -> tuple[SchedulingSettings, ...]:
+        """Return the settings that can be gone back to, oldest first; the last are in force."""
+        return self.scheduler.settings.versions()
+
+    def update_scheduling(self, change: SettingsChange) -> SchedulingSettings:
+        """Change how requests are ordered and placed; return the settings now in force.
+
+        Waiting requests are put in the new order and none is lost; those on
+        engines run on.
+
+        Raises:
+            UnknownNameError: One of the names is not known.
+            InvalidRequestError: Names every bad field.
+            SettingsVersionError: Another version is in force than the one expected, or
+                the one to go back to is not kept.
+        """
+        self._loop.feed(ev.SchedulingConfigured(change))
+        return self.scheduler.settings.current
+
+    def preview_scheduling(self, change: SettingsChange) -> SchedulingSettings:
+        """Return what the settings would be after a change. Errors: as :meth:`update_scheduling`."""
+        return self.scheduler.settings.preview(change, self._clock())
+
+    def settings_time(self, settings: SchedulingSettings) -> float:
+        """Return the Unix time at which settings came into force; the first did when this object was made."""
+        return self.wall_time(self._start_s if settings.version == 1 else settings.update_s)
+
     # -- reports -------------------------------------------------------------------
+
+    def prediction_accuracy(self) -> Mapping[str, QuantityAccuracy]:
+        """Return how right recent predictions were, by quantity of which any were compared."""
+        return self.scheduler.book.accuracy.summary()
 
     def get_metrics(
         self, window_s: float = DEFAULT_WINDOW_S, match: MetricsKey | None = None
@@ -345,16 +386,17 @@ class ControlPlaneManager:
         for record in scheduler.queue:
             by_priority[record.metadata.priority] += 1
         now = self._clock()
+        settings = scheduler.settings.current
         return ControlPlaneStatus(
             version=__version__,
             start_time_s=self.wall_time(self._start_s),
             uptime_s=now - self._start_s,
             accepting=self._accepting,
-            scheduling_policy=scheduler.scheduling_policy,
-            routing_strategy=scheduler.routing_strategy,
-            load_balancer=scheduler.load_balancer,
-            config_version=scheduler.config_version,
-            policy_reason="configured at start" if scheduler.config_version == 1 else "changed while running",
+            scheduling_policy=settings.scheduling_policy,
+            routing_strategy=settings.routing_strategy,
+            load_balancer=settings.load_balancer,
+            config_version=settings.version,
+            policy_reason=scheduler.why_policy(),
             instance_count_by_state={s.name: n for s, n in scheduler.fleet.count_by_state().items() if n},
             queued_count_by_model=scheduler.queue.count_by_model(),
             queued_count_by_priority={p.name: n for p, n in by_priority.items() if n},

@@ -243,6 +243,8 @@ class GetStatusResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     POLICY_REASON_FIELD_NUMBER: _builtins.int
     RECENT_FAULTS_FIELD_NUMBER: _builtins.int
+    POLICY_IN_FORCE_FIELD_NUMBER: _builtins.int
+    PREDICTION_ACCURACY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the server."""
     accepting: _builtins.bool
@@ -253,6 +255,10 @@ class GetStatusResponse(_message.Message):
     """Most requests that may wait."""
     policy_reason: _builtins.str
     """Why the policy in force is in force, for policies that choose."""
+    policy_in_force: _builtins.str
+    """Policy that orders the queue: another than `scheduling.scheduling_policy`
+    where that one chooses among policies.
+    """
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it started."""
@@ -289,6 +295,10 @@ class GetStatusResponse(_message.Message):
     def recent_faults(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecentFault]:
         """The latest faults, newest first, at most 20."""
 
+    @_builtins.property
+    def prediction_accuracy(self) -> _containers.RepeatedCompositeFieldContainer[Global___PredictionAccuracy]:
+        """How right recent predictions were, one entry per quantity of which any were compared."""
+
     def __init__(
         self,
         *,
@@ -306,14 +316,64 @@ class GetStatusResponse(_message.Message):
         models: _abc.Iterable[_builtins.str] | None = ...,
         policy_reason: _builtins.str = ...,
         recent_faults: _abc.Iterable[Global___RecentFault] | None = ...,
+        policy_in_force: _builtins.str = ...,
+        prediction_accuracy: _abc.Iterable[Global___PredictionAccuracy] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event_loop_lag", b"event_loop_lag", "scheduling", b"scheduling", "start_time", b"start_time", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepting", b"accepting", "active_request_count", b"active_request_count", "event_loop_lag", b"event_loop_lag", "instance_count_by_state", b"instance_count_by_state", "models", b"models", "policy_reason", b"policy_reason", "queue_capacity", b"queue_capacity", "queued_count_by_model", b"queued_count_by_model", "queued_count_by_priority", b"queued_count_by_priority", "recent_faults", b"recent_faults", "scheduling", b"scheduling", "start_time", b"start_time", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepting", b"accepting", "active_request_count", b"active_request_count", "event_loop_lag", b"event_loop_lag", "instance_count_by_state", b"instance_count_by_state", "models", b"models", "policy_in_force", b"policy_in_force", "policy_reason", b"policy_reason", "prediction_accuracy", b"prediction_accuracy", "queue_capacity", b"queue_capacity", "queued_count_by_model", b"queued_count_by_model", "queued_count_by_priority", b"queued_count_by_priority", "recent_faults", b"recent_faults", "scheduling", b"scheduling", "start_time", b"start_time", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class PredictionAccuracy(_message.Message):
+    """PredictionAccuracy is how right the recent predictions of one quantity were."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANTITY_FIELD_NUMBER: _builtins.int
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    MEDIAN_ERROR_FIELD_NUMBER: _builtins.int
+    P90_ERROR_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    quantity: _builtins.str
+    """What was predicted: "ttft" (from dispatch), "tpot", "latency" (from
+    dispatch) or "output_tokens".
+    """
+    sample_count: _builtins.int
+    """Predictions compared since the start."""
+    bias: _builtins.float
+    """Geometric mean of actual by predicted; above 1, things take longer than predicted."""
+    median_error: _builtins.float
+    """Median of |predicted - actual| / actual."""
+    p90_error: _builtins.float
+    """90 % quantile of the same."""
+    coverage: _builtins.float
+    """Share of the actual values at or below the predicted upper bound. Absent:
+    no bounds were predicted.
+    """
+    def __init__(
+        self,
+        *,
+        quantity: _builtins.str = ...,
+        sample_count: _builtins.int = ...,
+        bias: _builtins.float = ...,
+        median_error: _builtins.float = ...,
+        p90_error: _builtins.float = ...,
+        coverage: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_coverage", b"_coverage", "coverage", b"coverage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coverage", b"_coverage", "bias", b"bias", "coverage", b"coverage", "median_error", b"median_error", "p90_error", b"p90_error", "quantity", b"quantity", "sample_count", b"sample_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__coverage: _TypeAlias = _typing.Literal["coverage"]  # noqa: Y015
+    _WhichOneofArgType__coverage: _TypeAlias = _typing.Literal["_coverage", b"_coverage"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coverage) -> _WhichOneofReturnType__coverage | None: ...
+
+Global___PredictionAccuracy: _TypeAlias = PredictionAccuracy  # noqa: Y015
 
 @_typing.final
 class RecentFault(_message.Message):
@@ -378,6 +438,16 @@ class GetSchedulingConfigResponse(_message.Message):
     AVAILABLE_SCHEDULING_POLICIES_FIELD_NUMBER: _builtins.int
     AVAILABLE_ROUTING_STRATEGIES_FIELD_NUMBER: _builtins.int
     AVAILABLE_LOAD_BALANCERS_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    POLICY_IN_FORCE_FIELD_NUMBER: _builtins.int
+    POLICY_REASON_FIELD_NUMBER: _builtins.int
+    policy_in_force: _builtins.str
+    """Policy that orders the queue: another than `config.scheduling_policy` where
+    that one chooses among policies.
+    """
+    policy_reason: _builtins.str
+    """Why the policy in force is in force."""
     @_builtins.property
     def config(self) -> _scheduling_pb2.SchedulingConfig:
         """The configuration in force."""
@@ -394,6 +464,14 @@ class GetSchedulingConfigResponse(_message.Message):
     def available_load_balancers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Load balancers that this server can use."""
 
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedCompositeFieldContainer[_scheduling_pb2.SchedulingParameter]:
+        """Every parameter that exists, by name."""
+
+    @_builtins.property
+    def history(self) -> _containers.RepeatedCompositeFieldContainer[_scheduling_pb2.SchedulingConfig]:
+        """Versions before the one in force that can be gone back to, newest first."""
+
     def __init__(
         self,
         *,
@@ -401,10 +479,14 @@ class GetSchedulingConfigResponse(_message.Message):
         available_scheduling_policies: _abc.Iterable[_builtins.str] | None = ...,
         available_routing_strategies: _abc.Iterable[_builtins.str] | None = ...,
         available_load_balancers: _abc.Iterable[_builtins.str] | None = ...,
+        parameters: _abc.Iterable[_scheduling_pb2.SchedulingParameter] | None = ...,
+        history: _abc.Iterable[_scheduling_pb2.SchedulingConfig] | None = ...,
+        policy_in_force: _builtins.str = ...,
+        policy_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_load_balancers", b"available_load_balancers", "available_routing_strategies", b"available_routing_strategies", "available_scheduling_policies", b"available_scheduling_policies", "config", b"config"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_load_balancers", b"available_load_balancers", "available_routing_strategies", b"available_routing_strategies", "available_scheduling_policies", b"available_scheduling_policies", "config", b"config", "history", b"history", "parameters", b"parameters", "policy_in_force", b"policy_in_force", "policy_reason", b"policy_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -412,7 +494,10 @@ Global___GetSchedulingConfigResponse: _TypeAlias = GetSchedulingConfigResponse  
 
 @_typing.final
 class UpdateSchedulingConfigRequest(_message.Message):
-    """UpdateSchedulingConfigRequest changes the configuration as a whole."""
+    """UpdateSchedulingConfigRequest changes the configuration as a whole: all of it
+    or, if anything is wrong, nothing. Waiting requests are put in the new order;
+    none is lost, and those on engines run on.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -420,15 +505,22 @@ class UpdateSchedulingConfigRequest(_message.Message):
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
     REVERT_TO_VERSION_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    RESET_PARAMETERS_FIELD_NUMBER: _builtins.int
     expected_version: _builtins.int
     """Refuse with ABORTED unless this version is in force. 0: do not check."""
     revert_to_version: _builtins.int
-    """Go back to this version instead; `config` must then be absent. 0: no."""
+    """Go back to this version instead, as a new version; `config` must then be
+    absent. ABORTED when it is not kept any more. 0: no.
+    """
     validate_only: _builtins.bool
-    """Only validate."""
+    """Only validate: change nothing, and answer what the configuration would be."""
+    reset_parameters: _builtins.bool
+    """Put every parameter that `config` does not name back to its default."""
     @_builtins.property
     def config(self) -> _scheduling_pb2.SchedulingConfig:
-        """The new configuration. Empty names and absent parameters stay as they are."""
+        """The new configuration. Empty names and absent parameters stay as they are;
+        its version and time are ignored.
+        """
 
     def __init__(
         self,
@@ -437,10 +529,11 @@ class UpdateSchedulingConfigRequest(_message.Message):
         expected_version: _builtins.int = ...,
         revert_to_version: _builtins.int = ...,
         validate_only: _builtins.bool = ...,
+        reset_parameters: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "expected_version", b"expected_version", "revert_to_version", b"revert_to_version", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "expected_version", b"expected_version", "reset_parameters", b"reset_parameters", "revert_to_version", b"revert_to_version", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -455,7 +548,7 @@ class UpdateSchedulingConfigResponse(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def config(self) -> _scheduling_pb2.SchedulingConfig:
-        """The configuration now in force."""
+        """The configuration now in force; with `validate_only`, the one that would be."""
 
     def __init__(
         self,

@@ -74,7 +74,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A defect in the server; details are in its log under the request id. INTERNAL."""
     ERROR_REASON_UNKNOWN_POLICY: _ErrorReason.ValueType  # 20
     """A scheduling policy, routing strategy or load balancer name is unknown.
-    INVALID_ARGUMENT; the message lists the known names.
+    INVALID_ARGUMENT; the message lists the known names. From
+    UpdateSchedulingConfig, BadRequest names every bad field.
     """
     ERROR_REASON_POISON_REQUEST: _ErrorReason.ValueType  # 21
     """The same request killed several engines and is not tried again. ABORTED."""
@@ -84,12 +85,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The credential does not allow the call. PERMISSION_DENIED."""
     ERROR_REASON_INFEASIBLE: _ErrorReason.ValueType  # 24
     """The deadline or the cost budget cannot be met. RESOURCE_EXHAUSTED with the
-    predicted figure in ErrorInfo metadata and RetryInfo.
+    predicted figure in ErrorInfo metadata ("predicted_finish_s" or
+    "predicted_cost_usd"), and RetryInfo where waiting could help.
     """
     ERROR_REASON_FLEET_FULL: _ErrorReason.ValueType  # 25
     """A bound on the number of registered instances was reached. RESOURCE_EXHAUSTED."""
     ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 26
     """Too many streams read the same request at once. RESOURCE_EXHAUSTED."""
+    ERROR_REASON_SETTINGS_VERSION_CONFLICT: _ErrorReason.ValueType  # 27
+    """Another version of the scheduling configuration is in force than the one
+    expected, or the one to go back to is not kept. ABORTED; ErrorInfo metadata
+    "version" is the one in force.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the stable, machine-readable cause of a failed RPC or of a
@@ -150,7 +157,8 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 19
 """A defect in the server; details are in its log under the request id. INTERNAL."""
 ERROR_REASON_UNKNOWN_POLICY: ErrorReason.ValueType  # 20
 """A scheduling policy, routing strategy or load balancer name is unknown.
-INVALID_ARGUMENT; the message lists the known names.
+INVALID_ARGUMENT; the message lists the known names. From
+UpdateSchedulingConfig, BadRequest names every bad field.
 """
 ERROR_REASON_POISON_REQUEST: ErrorReason.ValueType  # 21
 """The same request killed several engines and is not tried again. ABORTED."""
@@ -160,10 +168,16 @@ ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 23
 """The credential does not allow the call. PERMISSION_DENIED."""
 ERROR_REASON_INFEASIBLE: ErrorReason.ValueType  # 24
 """The deadline or the cost budget cannot be met. RESOURCE_EXHAUSTED with the
-predicted figure in ErrorInfo metadata and RetryInfo.
+predicted figure in ErrorInfo metadata ("predicted_finish_s" or
+"predicted_cost_usd"), and RetryInfo where waiting could help.
 """
 ERROR_REASON_FLEET_FULL: ErrorReason.ValueType  # 25
 """A bound on the number of registered instances was reached. RESOURCE_EXHAUSTED."""
 ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 26
 """Too many streams read the same request at once. RESOURCE_EXHAUSTED."""
+ERROR_REASON_SETTINGS_VERSION_CONFLICT: ErrorReason.ValueType  # 27
+"""Another version of the scheduling configuration is in force than the one
+expected, or the one to go back to is not kept. ABORTED; ErrorInfo metadata
+"version" is the one in force.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -52,7 +52,9 @@ class SchedulingConfig(_message.Message):
     """Who made the change and why. At most 256 characters."""
     @_builtins.property
     def parameters(self) -> _struct_pb2.Struct:
-        """Parameters of the three, by name, for example {"priority.boost_high_s": 30}."""
+        """Parameters by name, for example {"priority.boost_high_s": 30}; numbers only.
+        In answers: those that differ from their defaults.
+        """
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
@@ -76,6 +78,51 @@ class SchedulingConfig(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SchedulingConfig: _TypeAlias = SchedulingConfig  # noqa: Y015
+
+@_typing.final
+class SchedulingParameter(_message.Message):
+    """SchedulingParameter is one number that operators may change while the server runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    DEFAULT_VALUE_FIELD_NUMBER: _builtins.int
+    MINIMUM_FIELD_NUMBER: _builtins.int
+    MAXIMUM_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"component.what_unit", for example "priority.boost_high_s". One that ends
+    with ".*" stands for any number of names, for example one per tenant; those
+    that have a value follow it.
+    """
+    value: _builtins.float
+    """Its value now."""
+    default_value: _builtins.float
+    """Its value when nobody says otherwise."""
+    minimum: _builtins.float
+    """Smallest value allowed."""
+    maximum: _builtins.float
+    """Largest value allowed."""
+    description: _builtins.str
+    """What it does, in a sentence."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        value: _builtins.float = ...,
+        default_value: _builtins.float = ...,
+        minimum: _builtins.float = ...,
+        maximum: _builtins.float = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_value", b"default_value", "description", b"description", "maximum", b"maximum", "minimum", b"minimum", "name", b"name", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SchedulingParameter: _TypeAlias = SchedulingParameter  # noqa: Y015
 
 @_typing.final
 class CandidateScore(_message.Message):
@@ -112,7 +159,9 @@ class CandidateScore(_message.Message):
     score: _builtins.float
     """Its score; lower is better."""
     excluded_reason: _builtins.str
-    """Why it was left out. Empty for an instance that took part."""
+    """Why it could not be taken at once, for example "busy for 0.4 s". Empty for
+    an instance that could.
+    """
     @_builtins.property
     def terms(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """What the score was made of, by name."""
@@ -151,6 +200,8 @@ class SchedulingDecision(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
     CANDIDATE_COUNT_FIELD_NUMBER: _builtins.int
+    POLICY_IN_FORCE_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     epoch: _builtins.int
@@ -169,6 +220,8 @@ class SchedulingDecision(_message.Message):
     """Why, in a sentence."""
     candidate_count: _builtins.int
     """Instances that could have taken the request."""
+    policy_in_force: _builtins.str
+    """Policy that decided, where `scheduling_policy` chooses among others."""
     @_builtins.property
     def decision_time(self) -> _timestamp_pb2.Timestamp:
         """When."""
@@ -179,7 +232,15 @@ class SchedulingDecision(_message.Message):
 
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateScore]:
-        """The best candidates, best first; the first is the one chosen."""
+        """The best candidates, best first, at most 8. The one chosen is the first,
+        unless the first is busy and another scores almost as well.
+        """
+
+    @_builtins.property
+    def inputs(self) -> Global___PlacementInputs:
+        """What the choice was made from: the same inputs give the same choice and the
+        same scores, bit for bit. Absent: it was not kept.
+        """
 
     def __init__(
         self,
@@ -196,11 +257,297 @@ class SchedulingDecision(_message.Message):
         reason: _builtins.str = ...,
         candidates: _abc.Iterable[Global___CandidateScore] | None = ...,
         candidate_count: _builtins.int = ...,
+        policy_in_force: _builtins.str = ...,
+        inputs: Global___PlacementInputs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decision_time", b"decision_time", "queue_wait", b"queue_wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision_time", b"decision_time", "inputs", b"inputs", "queue_wait", b"queue_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_count", b"candidate_count", "candidates", b"candidates", "config_version", b"config_version", "decision_time", b"decision_time", "epoch", b"epoch", "instance_id", b"instance_id", "load_balancer", b"load_balancer", "queue_wait", b"queue_wait", "reason", b"reason", "request_id", b"request_id", "routing_strategy", b"routing_strategy", "scheduling_policy", b"scheduling_policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_count", b"candidate_count", "candidates", b"candidates", "config_version", b"config_version", "decision_time", b"decision_time", "epoch", b"epoch", "inputs", b"inputs", "instance_id", b"instance_id", "load_balancer", b"load_balancer", "policy_in_force", b"policy_in_force", "queue_wait", b"queue_wait", "reason", b"reason", "request_id", b"request_id", "routing_strategy", b"routing_strategy", "scheduling_policy", b"scheduling_policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SchedulingDecision: _TypeAlias = SchedulingDecision  # noqa: Y015
+
+@_typing.final
+class PlacementInputs(_message.Message):
+    """PlacementInputs is everything that a choice among instances was made from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ParametersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___PlacementRequestInputs:
+        """The request's side."""
+
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacementCandidateInputs]:
+        """The instances' side: those of `SchedulingDecision.candidates`, the one
+        chosen among them. Each score is made from its own entry alone.
+        """
+
+    @_builtins.property
+    def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Values of all parameters that were in force, by name."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___PlacementRequestInputs | None = ...,
+        candidates: _abc.Iterable[Global___PlacementCandidateInputs] | None = ...,
+        parameters: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "parameters", b"parameters", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementInputs: _TypeAlias = PlacementInputs  # noqa: Y015
+
+@_typing.final
+class PlacementRequestInputs(_message.Message):
+    """PlacementRequestInputs is a request as a placement saw it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    WAITED_S_FIELD_NUMBER: _builtins.int
+    TTFT_OBJECTIVE_S_FIELD_NUMBER: _builtins.int
+    TPOT_OBJECTIVE_S_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    COST_BUDGET_USD_FIELD_NUMBER: _builtins.int
+    prompt_token_count: _builtins.int
+    """Prompt tokens: exact for token ids, else an estimate."""
+    output_token_count: _builtins.float
+    """Expected output tokens of one choice."""
+    waited_s: _builtins.float
+    """Seconds since it arrived."""
+    ttft_objective_s: _builtins.float
+    """Objective from arrival to the first token, seconds; the default where it
+    states none.
+    """
+    tpot_objective_s: _builtins.float
+    """Objective between tokens, seconds; likewise."""
+    deadline_s: _builtins.float
+    """From arrival to the last token, seconds. Infinite: none."""
+    priority: _builtins.int
+    """Number of its class, 1 the most important."""
+    cost_budget_usd: _builtins.float
+    """Most it may cost, US dollars. Infinite: no bound."""
+    def __init__(
+        self,
+        *,
+        prompt_token_count: _builtins.int = ...,
+        output_token_count: _builtins.float = ...,
+        waited_s: _builtins.float = ...,
+        ttft_objective_s: _builtins.float = ...,
+        tpot_objective_s: _builtins.float = ...,
+        deadline_s: _builtins.float = ...,
+        priority: _builtins.int = ...,
+        cost_budget_usd: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_budget_usd", b"cost_budget_usd", "deadline_s", b"deadline_s", "output_token_count", b"output_token_count", "priority", b"priority", "prompt_token_count", b"prompt_token_count", "tpot_objective_s", b"tpot_objective_s", "ttft_objective_s", b"ttft_objective_s", "waited_s", b"waited_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementRequestInputs: _TypeAlias = PlacementRequestInputs  # noqa: Y015
+
+@_typing.final
+class PlacementCandidateInputs(_message.Message):
+    """PlacementCandidateInputs is an instance as a placement saw it, for one
+    request at one moment.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    LAST_DISPATCH_SEQUENCE_FIELD_NUMBER: _builtins.int
+    IS_OPEN_FIELD_NUMBER: _builtins.int
+    OPENS_IN_S_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_COUNT_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_LIMIT_FIELD_NUMBER: _builtins.int
+    RESERVED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    KEY_VALUE_TOKEN_CAPACITY_FIELD_NUMBER: _builtins.int
+    CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    BACKLOG_S_FIELD_NUMBER: _builtins.int
+    DECODE_COUNT_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    PREFILL_SHARE_FIELD_NUMBER: _builtins.int
+    TTFT_FACTOR_FIELD_NUMBER: _builtins.int
+    TPOT_FACTOR_FIELD_NUMBER: _builtins.int
+    SIGMA_FIELD_NUMBER: _builtins.int
+    LATENCY_ESTIMATE_S_FIELD_NUMBER: _builtins.int
+    TTFT_ESTIMATE_S_FIELD_NUMBER: _builtins.int
+    TPOT_ESTIMATE_S_FIELD_NUMBER: _builtins.int
+    USD_PER_HOUR_FIELD_NUMBER: _builtins.int
+    EXTRA_FIELD_NUMBER: _builtins.int
+    STEP_TIME_FIELD_NUMBER: _builtins.int
+    YOUNG_DECODE_COUNT_FIELD_NUMBER: _builtins.int
+    instance_id: _builtins.str
+    """The instance."""
+    last_dispatch_sequence: _builtins.int
+    """Number of the last dispatch it got, counted over the fleet; breaks ties. 0: none."""
+    is_open: _builtins.bool
+    """Whether it could take the request at once."""
+    opens_in_s: _builtins.float
+    """Seconds until it should take new work. 0 for one that is open."""
+    in_flight_count: _builtins.int
+    """Requests that this control plane had on it."""
+    concurrency_limit: _builtins.int
+    """Most requests to have on it."""
+    reserved_token_count: _builtins.int
+    """Tokens that its requests should hold at their ends."""
+    key_value_token_capacity: _builtins.float
+    """Tokens that fit its KV cache. Infinite: unknown."""
+    cached_token_count: _builtins.int
+    """Leading prompt tokens that it probably had in its prefix cache."""
+    backlog_s: _builtins.float
+    """Predicted seconds of prefill work that it had before it."""
+    decode_count: _builtins.int
+    """Requests that produced tokens on it."""
+    context_token_count: _builtins.float
+    """Tokens that those held."""
+    prefill_share: _builtins.float
+    """Share of recent time spent on prefill, 0 to 1."""
+    ttft_factor: _builtins.float
+    """Observed over predicted time to first token of late; 1 when the
+    prediction is right.
+    """
+    tpot_factor: _builtins.float
+    """Observed over predicted time per output token of late."""
+    sigma: _builtins.float
+    """Spread of the logarithm of observed over predicted time to first token."""
+    latency_estimate_s: _builtins.float
+    """Observed latency of a reference request, seconds. Infinite: never measured."""
+    ttft_estimate_s: _builtins.float
+    """Observed mean time to first token, seconds. Infinite: never measured."""
+    tpot_estimate_s: _builtins.float
+    """Observed mean time per output token, seconds. Infinite: never measured."""
+    usd_per_hour: _builtins.float
+    """Price of the whole instance, US dollars per hour. 0: unknown."""
+    extra: _builtins.float
+    """What the routing strategy or the load balancer added: a weight, a position,
+    a random draw.
+    """
+    young_decode_count: _builtins.int
+    """Decodes with so few tokens that a stall decides their mean time per token."""
+    @_builtins.property
+    def step_time(self) -> Global___StepTimeConstants:
+        """Constants of a step of its kind, as learned by then."""
+
+    def __init__(
+        self,
+        *,
+        instance_id: _builtins.str = ...,
+        last_dispatch_sequence: _builtins.int = ...,
+        is_open: _builtins.bool = ...,
+        opens_in_s: _builtins.float = ...,
+        in_flight_count: _builtins.int = ...,
+        concurrency_limit: _builtins.int = ...,
+        reserved_token_count: _builtins.int = ...,
+        key_value_token_capacity: _builtins.float = ...,
+        cached_token_count: _builtins.int = ...,
+        backlog_s: _builtins.float = ...,
+        decode_count: _builtins.int = ...,
+        context_token_count: _builtins.float = ...,
+        prefill_share: _builtins.float = ...,
+        ttft_factor: _builtins.float = ...,
+        tpot_factor: _builtins.float = ...,
+        sigma: _builtins.float = ...,
+        latency_estimate_s: _builtins.float = ...,
+        ttft_estimate_s: _builtins.float = ...,
+        tpot_estimate_s: _builtins.float = ...,
+        usd_per_hour: _builtins.float = ...,
+        extra: _builtins.float = ...,
+        step_time: Global___StepTimeConstants | None = ...,
+        young_decode_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step_time", b"step_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "cached_token_count", b"cached_token_count", "concurrency_limit", b"concurrency_limit", "context_token_count", b"context_token_count", "decode_count", b"decode_count", "extra", b"extra", "in_flight_count", b"in_flight_count", "instance_id", b"instance_id", "is_open", b"is_open", "key_value_token_capacity", b"key_value_token_capacity", "last_dispatch_sequence", b"last_dispatch_sequence", "latency_estimate_s", b"latency_estimate_s", "opens_in_s", b"opens_in_s", "prefill_share", b"prefill_share", "reserved_token_count", b"reserved_token_count", "sigma", b"sigma", "step_time", b"step_time", "tpot_estimate_s", b"tpot_estimate_s", "tpot_factor", b"tpot_factor", "ttft_estimate_s", b"ttft_estimate_s", "ttft_factor", b"ttft_factor", "usd_per_hour", b"usd_per_hour", "young_decode_count", b"young_decode_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementCandidateInputs: _TypeAlias = PlacementCandidateInputs  # noqa: Y015
+
+@_typing.final
+class StepTimeConstants(_message.Message):
+    """StepTimeConstants says how long an engine step takes. With T scheduled
+    tokens, KV the tokens that decodes hold, and prefill chunks of c tokens that
+    start at position p, it takes
+
+      overhead + max(memory_base + memory_per_token * T,
+                     compute_base + compute_per_token * T)
+      + context_per_token * KV
+      + attention_per_token_pair * sum(c * (p + c / 2)).
+
+    All are seconds, finite and not negative.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OVERHEAD_S_FIELD_NUMBER: _builtins.int
+    MEMORY_BASE_S_FIELD_NUMBER: _builtins.int
+    MEMORY_PER_TOKEN_S_FIELD_NUMBER: _builtins.int
+    COMPUTE_BASE_S_FIELD_NUMBER: _builtins.int
+    COMPUTE_PER_TOKEN_S_FIELD_NUMBER: _builtins.int
+    CONTEXT_PER_TOKEN_S_FIELD_NUMBER: _builtins.int
+    ATTENTION_PER_TOKEN_PAIR_S_FIELD_NUMBER: _builtins.int
+    overhead_s: _builtins.float
+    """Per step: scheduling, sampling, launching."""
+    memory_base_s: _builtins.float
+    """Reading the weights once."""
+    memory_per_token_s: _builtins.float
+    """Per scheduled token while bound by memory."""
+    compute_base_s: _builtins.float
+    """Per step while bound by computing."""
+    compute_per_token_s: _builtins.float
+    """Per scheduled token while bound by computing."""
+    context_per_token_s: _builtins.float
+    """Per token of decode context that is read."""
+    attention_per_token_pair_s: _builtins.float
+    """Per pair of a prefill token and a token before it."""
+    def __init__(
+        self,
+        *,
+        overhead_s: _builtins.float = ...,
+        memory_base_s: _builtins.float = ...,
+        memory_per_token_s: _builtins.float = ...,
+        compute_base_s: _builtins.float = ...,
+        compute_per_token_s: _builtins.float = ...,
+        context_per_token_s: _builtins.float = ...,
+        attention_per_token_pair_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_per_token_pair_s", b"attention_per_token_pair_s", "compute_base_s", b"compute_base_s", "compute_per_token_s", b"compute_per_token_s", "context_per_token_s", b"context_per_token_s", "memory_base_s", b"memory_base_s", "memory_per_token_s", b"memory_per_token_s", "overhead_s", b"overhead_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTimeConstants: _TypeAlias = StepTimeConstants  # noqa: Y015

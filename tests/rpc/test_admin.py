@@ -157,7 +157,6 @@ async def test_the_configuration_and_what_could_be_chosen(rig: Rig) -> None:
 
 
 LATER = {
-    "UpdateSchedulingConfig": pb.UpdateSchedulingConfigRequest(),
     "PlanParallelism": pb.PlanParallelismRequest(),
     "WatchMetrics": pb.WatchMetricsRequest(),
 }

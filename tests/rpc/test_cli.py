@@ -200,7 +200,6 @@ def test_everything_fits_eighty_columns(cli: Cli) -> None:
         (["generate", "hi", "-t", "9", "--top-p", "3", "-m", "0"], ExitCode.INVALID, "sampling.top_p"),
         (["generate", "word " * 9000, "-m", "1"], ExitCode.INVALID, "8192"),
         (["generate", *STORY, "-m", "5000", "--timeout", "300ms"], ExitCode.DEADLINE, "--timeout"),
-        (["generate", *STORY, "-m", "5000", "--deadline", "300ms"], ExitCode.DEADLINE, "EXPIRED"),
         (["stream", "nope"], ExitCode.NOT_FOUND_OR_CONFLICT, "'nope' is not known"),
         (["requests", "get", "nope"], ExitCode.NOT_FOUND_OR_CONFLICT, "'nope' is not known"),
         (["cancel", "nope"], ExitCode.NOT_FOUND_OR_CONFLICT, "'nope' is not known"),
@@ -215,6 +214,8 @@ def test_everything_fits_eighty_columns(cli: Cli) -> None:
         (["serve", "--listen", "0.0.0.0:0"], ExitCode.INVALID, "--insecure-listen"),
         (["serve", "--listen", "nonsense"], ExitCode.INVALID, "HOST:PORT"),
         (["serve", "--load-balancer", "nope"], ExitCode.INVALID, "predicted_latency"),
+        (["serve", "--set", "dispatch.patience=much"], ExitCode.INVALID, "NAME=NUMBER"),
+        (["serve", "--set", "dispatch.patienc=1"], ExitCode.INVALID, "dispatch.patience"),
         (["demo", "--trace", "/does/not/exist"], ExitCode.INVALID, "cannot read the trace"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else "",
@@ -224,6 +225,15 @@ def test_failures(cli: Cli, arguments: list[str], code: ExitCode, says: str) -> 
     assert result.returncode == code, result.stderr
     assert result.stderr.startswith("error: ")
     assert says in result.stderr
+
+
+def test_a_deadline_that_passes() -> None:
+    # Admission would refuse what it takes to be hopeless.
+    accept = ("--serve-options", "--set admission.refuse_infeasible=0")
+    with dev_server("--quiet", "--engines", "1", *accept) as address:
+        result = Cli(address).run("generate", *STORY, "-m", "5000", "--deadline", "300ms")
+    assert result.returncode == ExitCode.DEADLINE
+    assert "EXPIRED" in result.stderr
 
 
 def test_a_body_over_the_limit_is_refused(cli: Cli) -> None:

@@ -30,6 +30,15 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture
+def patient_address() -> Iterator[str]:
+    """A server that accepts what it takes to be hopeless."""
+    with dev_server(
+        "--quiet", "--engines", "1", "--serve-options", "--set admission.refuse_infeasible=0"
+    ) as address:
+        yield address
+
+
+@pytest.fixture
 async def sage(address: str) -> AsyncIterator[SageClient]:
     async with SageClient(address) as connected:
         yield connected
@@ -147,9 +156,10 @@ async def test_leaving_a_generate_cancels_the_request(sage: SageClient) -> None:
     assert await ended_as(sage, "task") is RequestState.CANCELLED
 
 
-async def test_a_deadline_ends_the_request(sage: SageClient) -> None:
-    with pytest.raises(client.RequestFailedError) as caught:
-        await sage.complete("hello", max_tokens=2000, ignore_eos=True, deadline_s=0.2)
+async def test_a_deadline_ends_the_request(patient_address: str) -> None:
+    async with SageClient(patient_address) as sage:
+        with pytest.raises(client.RequestFailedError) as caught:
+            await sage.complete("hello", max_tokens=2000, ignore_eos=True, deadline_s=0.2)
     assert caught.value.state is RequestState.EXPIRED
     assert caught.value.reason is ErrorReason.DEADLINE_EXCEEDED
 

@@ -73,6 +73,92 @@ def test_every_table_is_read(tmp_path: Path) -> None:
     assert isinstance(config.scheduler.lease_duration_s, float)
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        """
+        [scheduler.parameters]
+        "priority.boost_high_s" = 60
+        "dispatch.patience" = 0.2
+        """,
+        """
+        [scheduler.parameters]
+        priority.boost_high_s = 60
+        dispatch.patience = 0.2
+        """,
+        """
+        [scheduler.parameters.priority]
+        boost_high_s = 60
+        [scheduler.parameters.dispatch]
+        patience = 0.2
+        """,
+        """
+        [scheduler]
+        parameters = { "priority.boost_high_s" = 60, dispatch = { patience = 0.2 } }
+        """,
+    ],
+    ids=["quoted", "dotted", "tables", "inline"],
+)
+def test_parameters_are_named_in_quotes_or_as_tables(tmp_path: Path, lines: str) -> None:
+    config = load_config(write(tmp_path, lines)).validate()
+    assert config.scheduler.parameters == {"priority.boost_high_s": 60.0, "dispatch.patience": 0.2}
+    assert all(isinstance(value, float) for value in config.scheduler.parameters.values())
+
+
+def test_every_parameter_that_is_no_number_or_given_twice_is_named(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        [scheduler.parameters]
+        "priority.boost_high_s" = 60
+        priority.boost_high_s = 60
+        priority.boost_low_s = "much"
+        "dispatch.patience" = true
+        dispatch.prefill_window_s = [1]
+        """,
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    found = bad_settings(caught.value)
+    assert found.keys() == {
+        f"scheduler.parameters['{name}']"
+        for name in (
+            "priority.boost_high_s",
+            "priority.boost_low_s",
+            "dispatch.patience",
+            "dispatch.prefill_window_s",
+        )
+    }
+    assert "given twice" in found["scheduler.parameters['priority.boost_high_s']"]
+    assert "must be a number, and is str 'much'" in found["scheduler.parameters['priority.boost_low_s']"]
+    with pytest.raises(ConfigError, match="must be a table"):
+        load_config(write(tmp_path, "[scheduler]\nparameters = 5"))
+
+
+def test_unknown_parameters_and_values_out_of_range_are_named_with_everything_else(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        max_connections = -1
+        [scheduler.parameters]
+        priority.boost_hihg_s = 60
+        dispatch.patience = -1
+        dispatch.prefill_window_s = nan
+        """,
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path).validate()
+    found = bad_settings(caught.value)
+    assert found.keys() == {
+        "max_connections",
+        "scheduler.parameters['priority.boost_hihg_s']",
+        "scheduler.parameters['dispatch.patience']",
+        "scheduler.parameters['dispatch.prefill_window_s']",
+    }
+    assert "priority.boost_high_s" in found["scheduler.parameters['priority.boost_hihg_s']"]
+    assert "must be 0 to 10" in found["scheduler.parameters['dispatch.patience']"]
+
+
 def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "")) == ServerConfig()
 

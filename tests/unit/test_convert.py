@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
@@ -17,17 +19,28 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sagecp.client import convert as client_convert
 from sagecp.core import errors as core_errors
 from sagecp.core.errors import (
     ErrorReason,
     Failure,
     FieldViolation,
+    InfeasibleError,
     InvalidRequestError,
     ModelNotFoundError,
     QueueFullError,
     RequestNotFoundError,
 )
 from sagecp.core.fleet import InstanceRecord
+from sagecp.core.instance_load import InstanceLoad
+from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
+from sagecp.core.policies.registry import SCHEDULING_POLICIES
+from sagecp.core.prediction.accuracy import QuantityAccuracy
+from sagecp.core.prediction.book import PredictionBook
+from sagecp.core.prediction.step_time import StepTimeParameters
+from sagecp.core.receipts import run_again
+from sagecp.core.router.registry import LOAD_BALANCERS
+from sagecp.core.settings import PARAMETERS, SettingsChange, SettingsHistory
 from sagecp.core.types import (
     AttemptRecord,
     CandidateScore,
@@ -60,20 +73,29 @@ from sagecp.rpc.convert.fleet import (
     states_from_proto,
 )
 from sagecp.rpc.convert.request import (
-    decision_to_proto,
     failure_to_proto,
     request_from_proto,
     request_to_proto,
 )
+from sagecp.rpc.convert.scheduling import (
+    UnknownNamesError,
+    change_from_proto,
+    decision_to_proto,
+    numbers_from_struct,
+    parameters_to_proto,
+    settings_to_proto,
+)
 from sagecp.rpc.errors import status_code_of, to_status
 from sagecp.rpc.servicers.paging import page_size, page_token, position_of
 from sagecp.v1 import (
+    admin_service_pb2,
     error_pb2,
     fleet_service_pb2,
     inference_service_pb2,
     instance_pb2,
     parallelism_pb2,
     request_pb2,
+    scheduling_pb2,
 )
 
 
@@ -484,28 +506,254 @@ def test_what_is_unknown_is_absent() -> None:
     assert not message.usage.HasField("cached_prompt_token_count")
 
 
-def test_a_decision_is_shown_with_its_candidates() -> None:
-    message = decision_to_proto(
-        SchedulingDecision(
-            request_id="r",
-            epoch=2,
-            instance_id="i",
-            queue_wait_s=0.5,
-            scheduling_policy="fifo",
-            routing_strategy="load_balanced",
-            load_balancer="least_connections",
-            config_version=3,
-            reason="because",
-            candidates=(CandidateScore("i", 0.5, {"load": 0.5}), CandidateScore("j", 0.0, {}, "busy")),
-            candidate_count=1,
-        ),
-        10.0,
+def step_time(scale: float = 1.0) -> StepTimeParameters:
+    return StepTimeParameters(
+        overhead_s=0.002 * scale,
+        memory_base_s=0.0061 * scale,
+        memory_per_token_s=1.5e-5 * scale,
+        compute_base_s=0.0029 * scale,
+        compute_per_token_s=2.16e-5 * scale,
+        context_per_token_s=4.9e-8 * scale,
+        attention_per_token_pair_s=9.6e-10 * scale,
     )
+
+
+def candidate(instance_id: str, **changes: Any) -> CandidateRow:
+    row = CandidateRow(
+        instance_id,
+        last_dispatch_sequence=3,
+        is_open=1,
+        opens_in_s=0.0,
+        in_flight_count=2,
+        concurrency_limit=8,
+        reserved_token_count=1000,
+        key_value_token_capacity=math.inf,
+        cached_token_count=256,
+        backlog_s=0.1,
+        decode_count=2,
+        context_token_count=812.5,
+        prefill_share=0.25,
+        ttft_factor=1.1,
+        tpot_factor=0.9,
+        sigma=0.4,
+        latency_estimate_s=2.5,
+        ttft_estimate_s=math.inf,
+        tpot_estimate_s=0.02,
+        usd_per_hour=4.5,
+        extra=0.5,
+        step_time=step_time(),
+        young_decode_count=1,
+    )
+    return row._replace(**changes)
+
+
+REQUEST_ROW = RequestRow(1000, 128.3, 0.25, 1.25, 0.15, math.inf, 3, math.inf)
+
+
+def decided(
+    inputs: PlacementInputs,
+    strategy: str = "load_balanced",
+    balancer: str = "predicted_latency",
+    policy: str = "fifo",
+) -> SchedulingDecision:
+    """Return a decision with the scores that its inputs give."""
+    empty = SchedulingDecision(
+        request_id="r",
+        epoch=2,
+        instance_id="",
+        queue_wait_s=0.5,
+        scheduling_policy="adaptive",
+        routing_strategy=strategy,
+        load_balancer=balancer,
+        config_version=3,
+        reason="because",
+        candidate_count=1,
+        policy_in_force=policy,
+        inputs=inputs,
+    )
+    chosen, scores = run_again(empty)
+    return dataclasses.replace(empty, instance_id=chosen, candidates=scores)
+
+
+def test_a_decision_is_shown_with_its_candidates_and_what_it_was_made_from() -> None:
+    rows = (candidate("i"), candidate("j", is_open=0, opens_in_s=0.42, backlog_s=0.0))
+    message = decision_to_proto(decided(PlacementInputs(REQUEST_ROW, rows, PARAMETERS.resolve({}))), 10.0)
     assert {f.name for f, _ in message.ListFields()} == {f.name for f in message.DESCRIPTOR.fields}
     assert message.decision_time.seconds == 10
     assert message.queue_wait.ToMilliseconds() == 500
+    shown = {each.instance_id: each for each in message.candidates}
+    assert shown["i"].terms["backlog_s"] == 0.1
+    assert {name: each.excluded_reason for name, each in shown.items()} == {"i": "", "j": "busy for 0.4 s"}
+    inputs = message.inputs
+    assert {f.name for f, _ in inputs.request.ListFields()} == {
+        f.name for f in inputs.request.DESCRIPTOR.fields
+    }
+    assert math.isinf(inputs.request.deadline_s)
+    open_fields = {f.name for f, _ in inputs.candidates[0].ListFields()}
+    assert open_fields == {f.name for f in inputs.candidates[0].DESCRIPTOR.fields} - {"opens_in_s"}
+    assert dict(inputs.parameters) == PARAMETERS.resolve({})
+
+
+def test_a_decision_without_inputs_shows_its_scores_as_they_are() -> None:
+    decision = SchedulingDecision(
+        request_id="r",
+        epoch=1,
+        instance_id="i",
+        candidates=(CandidateScore("i", 0.5, {"load": 0.5}), CandidateScore("j", 0.0, {}, "busy")),
+    )
+    message = decision_to_proto(decision, 10.0)
+    assert not message.HasField("inputs")
     assert dict(message.candidates[0].terms) == {"load": 0.5}
     assert message.candidates[1].excluded_reason == "busy"
+    assert client_convert.decision(message).inputs is None
+
+
+def test_the_messages_have_the_fields_of_the_rows() -> None:
+    for row, message in (
+        (RequestRow, scheduling_pb2.PlacementRequestInputs),
+        (CandidateRow, scheduling_pb2.PlacementCandidateInputs),
+    ):
+        assert row._fields == tuple(field.name for field in message.DESCRIPTOR.fields)
+    constants = [field.name for field in dataclasses.fields(StepTimeParameters)]
+    assert constants == [field.name for field in scheduling_pb2.StepTimeConstants.DESCRIPTOR.fields]
+
+
+def numbers(least: float = 0.0, most: float = 1e6, *, infinite: bool = False) -> st.SearchStrategy[float]:
+    finite = st.floats(least, most, allow_nan=False)
+    return finite | st.just(math.inf) if infinite else finite
+
+
+CANDIDATE_ROWS = st.builds(
+    CandidateRow,
+    st.sampled_from(["a", "b", "c", "d"]),
+    last_dispatch_sequence=st.integers(0, 2**40),
+    is_open=st.integers(0, 1),
+    opens_in_s=numbers(),
+    in_flight_count=st.integers(0, 500),
+    concurrency_limit=st.integers(1, 500),
+    reserved_token_count=st.integers(0, 2**40),
+    key_value_token_capacity=numbers(1.0, 1e9, infinite=True),
+    cached_token_count=st.integers(0, 1000),
+    backlog_s=numbers(),
+    decode_count=st.integers(0, 500),
+    context_token_count=numbers(),
+    prefill_share=numbers(0.0, 1.0),
+    ttft_factor=numbers(0.01, 100.0),
+    tpot_factor=numbers(0.01, 100.0),
+    sigma=numbers(0.01, 5.0),
+    latency_estimate_s=numbers(1e-6, infinite=True),
+    ttft_estimate_s=numbers(1e-6, infinite=True),
+    tpot_estimate_s=numbers(1e-6, infinite=True),
+    usd_per_hour=numbers(0.0, 1000.0),
+    extra=numbers(0.0, 1.0),
+    step_time=st.builds(step_time, numbers(0.001, 1000.0)),
+    young_decode_count=st.integers(0, 500),
+)
+REQUEST_ROWS = st.builds(
+    RequestRow,
+    prompt_token_count=st.integers(1, 10**6),
+    output_token_count=numbers(0.0, 1e5),
+    waited_s=numbers(),
+    ttft_objective_s=numbers(1e-3),
+    tpot_objective_s=numbers(1e-4),
+    deadline_s=numbers(1e-3, infinite=True),
+    priority=st.integers(1, 5),
+    cost_budget_usd=numbers(1e-9, infinite=True),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    REQUEST_ROWS,
+    st.lists(CANDIDATE_ROWS, min_size=1, max_size=4, unique_by=lambda row: row.instance_id),
+    st.sampled_from(LOAD_BALANCERS.names),
+    st.sampled_from([name for name in SCHEDULING_POLICIES.names if name != "adaptive"]),
+)
+def test_a_receipt_comes_back_exactly_and_runs_again_exactly(
+    request: RequestRow, rows: list[CandidateRow], balancer: str, policy: str
+) -> None:
+    decision = decided(
+        PlacementInputs(request, tuple(rows), PARAMETERS.resolve({})), balancer=balancer, policy=policy
+    )
+    sent = decision_to_proto(decision, 10.0).SerializeToString()
+    back = client_convert.decision(scheduling_pb2.SchedulingDecision.FromString(sent))
+    assert back.inputs == decision.inputs
+    assert run_again(back) == (decision.instance_id, decision.candidates)
+    assert [(each.instance_id, each.score) for each in back.candidates] == [
+        (each.instance_id, each.score) for each in decision.candidates
+    ]
+
+
+# -- scheduling settings ------------------------------------------------------------------
+
+
+def change_from(text: str) -> SettingsChange:
+    return change_from_proto(json_format.Parse(text, admin_service_pb2.UpdateSchedulingConfigRequest()))
+
+
+def test_a_whole_change_is_read() -> None:
+    change = change_from(
+        """{
+        "config": {
+            "version": 7, "update_time": "2030-01-01T00:00:00Z", "comment": "why",
+            "scheduling_policy": "priority", "routing_strategy": "locality", "load_balancer": "power_of_two",
+            "parameters": {"dispatch.patience": 1, "priority.boost_high_s": 0.5}
+        },
+        "expected_version": 7, "validate_only": true, "reset_parameters": true}"""
+    )
+    assert change == SettingsChange(
+        scheduling_policy="priority",
+        routing_strategy="locality",
+        load_balancer="power_of_two",
+        parameters={"dispatch.patience": 1.0, "priority.boost_high_s": 0.5},
+        reset_parameters=True,
+        comment="why",
+        expected_version=7,
+    )
+    assert change_from('{"revert_to_version": 3}') == SettingsChange(revert_to_version=3)
+
+
+def test_only_an_unknown_name_has_the_reason_of_one() -> None:
+    with pytest.raises(UnknownNamesError) as caught:
+        change_from('{"config": {"load_balancer": "x", "parameters": {"dispatch.patience": -1}}}')
+    assert caught.value.reason is ErrorReason.UNKNOWN_POLICY
+    assert len(caught.value.violations) == 2
+    with pytest.raises(InvalidRequestError) as other:
+        change_from('{"config": {"parameters": {"dispatch.patience": -1}}}')
+    assert other.value.reason is ErrorReason.INVALID_REQUEST
+
+
+def test_only_numbers_are_numbers() -> None:
+    struct = Struct()
+    struct.update({"n": 1.5, "s": "1", "b": True, "nothing": None, "l": [1], "d": {"a": 1}})
+    struct.fields["unset"].CopyFrom(Value())
+    violations: list[FieldViolation] = []
+    assert numbers_from_struct(struct, "p", violations) == {"n": 1.5}
+    assert {each.field: each.description.split(";")[0] for each in violations} == {
+        "p['s']": "is of kind string",
+        "p['b']": "is of kind bool",
+        "p['nothing']": "is of kind null",
+        "p['l']": "is of kind list",
+        "p['d']": "is of kind struct",
+        "p['unset']": "is of kind null",
+    }
+
+
+def test_settings_and_parameters_are_shown_whole() -> None:
+    given = {"dispatch.patience": 0.5, "priority.weight.ann": 3.0}
+    history = SettingsHistory("fifo", "random", "least_connections", given)
+    current = history.apply(SettingsChange(scheduling_policy="priority", comment="why"), 7.0)
+    message = settings_to_proto(current, 12.5)
+    assert {f.name for f, _ in message.ListFields()} == {f.name for f in message.DESCRIPTOR.fields}
+    assert (message.version, message.scheduling_policy, message.comment) == (2, "priority", "why")
+    assert dict(message.parameters) == given
+    assert message.update_time.ToMilliseconds() == 12_500
+    shown = {each.name: each for each in parameters_to_proto(current.values)}
+    assert shown.keys() == {*PARAMETERS.resolve(given), "priority.weight.*"}
+    assert [name for name in shown if "weight." in name] == ["priority.weight.*", "priority.weight.ann"]
+    assert (shown["priority.weight.*"].value, shown["priority.weight.ann"].value) == (1.0, 3.0)
+    patience = shown["dispatch.patience"]
+    assert (patience.value, patience.default_value) == (0.5, PARAMETERS.resolve({})["dispatch.patience"])
 
 
 # -- instances --------------------------------------------------------------------------
@@ -518,6 +766,10 @@ FULL_INSTANCE = """{
   "keyValueTokenCapacity": "100000", "maxConcurrentRequestCount": 32, "engineKind": "ENGINE_KIND_SIMULATED",
   "engineVersion": "1.0", "usdPerGpuHour": 2.5, "hostId": "host", "labels": {"zone": "a"}
 }"""
+
+
+def record_of(instance: ExecutionInstance) -> InstanceRecord:
+    return InstanceRecord(instance, 7, 1.0, 256, InstanceLoad(PredictionBook().kind_of(instance), 1.0))
 
 
 def test_an_instance_survives_the_round_trip() -> None:
@@ -549,13 +801,13 @@ def test_an_instance_survives_the_round_trip() -> None:
         labels={"zone": "a"},
         api_key="a-secret",
     )
-    record = InstanceRecord(instance, 7, 1.0, 256)
+    record = record_of(instance)
     spec.ClearField("engine_api_key")  # Never comes back.
     assert instance_to_proto(record, 0.0).spec == spec
 
 
 def test_an_instance_as_an_operator_sees_it() -> None:
-    record = InstanceRecord(ExecutionInstance(instance_id="i", host="h", port=1, model_name="m"), 7, 1.0, 256)
+    record = record_of(ExecutionInstance(instance_id="i", host="h", port=1, model_name="m"))
     message = instance_to_proto(record, 1000.0)
     for name in ("engine", "heartbeat_time", "lease_expire_time", "mean_ttft"):
         assert not message.HasField(name)
@@ -745,11 +997,26 @@ def test_the_state_of_the_control_plane_is_shown_whole() -> None:
             event_loop_lag_s=0.25,
             models=("m",),
             recent_faults=(RecentFault(5.0, "broke", "i", "r"),),
-        )
+        ),
+        scheduling_pb2.SchedulingConfig(version=2, scheduling_policy="fifo"),
+        "fifo",
+        {
+            "ttft": QuantityAccuracy(
+                count=3, bias_ratio=1.5, median_error_ratio=0.1, p90_error_ratio=0.4, upper_coverage=0.9
+            ),
+            "tpot": QuantityAccuracy(
+                count=1, bias_ratio=1.0, median_error_ratio=0.1, p90_error_ratio=0.1, upper_coverage=None
+            ),
+        },
     )
     assert {f.name for f, _ in message.ListFields()} == {f.name for f in message.DESCRIPTOR.fields}
     assert message.scheduling.scheduling_policy == "fifo"
     assert message.recent_faults[0].message == "broke"
+    ttft, tpot = message.prediction_accuracy
+    assert {f.name for f, _ in ttft.ListFields()} == {f.name for f in ttft.DESCRIPTOR.fields}
+    assert (ttft.quantity, ttft.sample_count, ttft.bias) == ("ttft", 3, 1.5)
+    assert (ttft.median_error, ttft.p90_error, ttft.coverage) == (0.1, 0.4, 0.9)
+    assert not tpot.HasField("coverage")
 
 
 # -- errors ---------------------------------------------------------------------------------
@@ -789,6 +1056,16 @@ def test_an_error_carries_reason_facts_and_the_calls_id() -> None:
 def test_an_error_says_when_to_try_again() -> None:
     status = to_status(QueueFullError("full", retry_after_s=1.25), "r")
     assert unpack(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 1250
+
+
+def test_what_cannot_be_met_says_what_was_predicted() -> None:
+    error = InfeasibleError("too late", retry_after_s=2.5, predicted_finish_s="9.125", deadline_s="5.000")
+    status = to_status(error, "r")
+    assert status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    info = unpack(status, error_details_pb2.ErrorInfo)
+    assert info.reason == "INFEASIBLE"
+    assert dict(info.metadata) == {"predicted_finish_s": "9.125", "deadline_s": "5.000"}
+    assert unpack(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 2500
 
 
 def test_every_violation_is_listed_and_what_does_not_fit_is_counted() -> None:

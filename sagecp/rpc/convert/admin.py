@@ -1,7 +1,10 @@
-"""Metrics, status and the scheduling configuration."""
+"""Metrics, and the state of the control plane."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from sagecp.core.prediction.accuracy import QuantityAccuracy
 from sagecp.core.types import ControlPlaneStatus, DurationQuantiles, PerformanceMetrics
 from sagecp.rpc.convert.common import duration, timestamp
 from sagecp.v1 import admin_service_pb2, metrics_pb2, scheduling_pb2
@@ -40,25 +43,27 @@ def _quantiles_to_proto(quantiles: DurationQuantiles) -> metrics_pb2.DurationQua
     )
 
 
-def scheduling_to_proto(status: ControlPlaneStatus) -> scheduling_pb2.SchedulingConfig:
-    """Return the scheduling configuration in force as a message."""
-    return scheduling_pb2.SchedulingConfig(
-        version=status.config_version,
-        scheduling_policy=status.scheduling_policy,
-        routing_strategy=status.routing_strategy,
-        load_balancer=status.load_balancer,
-        update_time=timestamp(status.start_time_s),
-    )
+def status_to_proto(
+    status: ControlPlaneStatus,
+    scheduling: scheduling_pb2.SchedulingConfig,
+    policy_in_force: str,
+    accuracy: Mapping[str, QuantityAccuracy],
+) -> admin_service_pb2.GetStatusResponse:
+    """Return the state of the control plane as a message.
 
-
-def status_to_proto(status: ControlPlaneStatus) -> admin_service_pb2.GetStatusResponse:
-    """Return the state of the control plane as a message."""
+    Args:
+        status: The state.
+        scheduling: The configuration in force.
+        policy_in_force: The policy that orders the queue.
+        accuracy: How right predictions were, by quantity.
+    """
     return admin_service_pb2.GetStatusResponse(
         version=status.version,
         start_time=timestamp(status.start_time_s),
         uptime=duration(status.uptime_s),
         accepting=status.accepting,
-        scheduling=scheduling_to_proto(status),
+        scheduling=scheduling,
+        policy_in_force=policy_in_force,
         instance_count_by_state=dict(status.instance_count_by_state),
         queued_count_by_model=dict(status.queued_count_by_model),
         queued_count_by_priority=dict(status.queued_count_by_priority),
@@ -75,5 +80,16 @@ def status_to_proto(status: ControlPlaneStatus) -> admin_service_pb2.GetStatusRe
                 request_id=fault.request_id,
             )
             for fault in status.recent_faults
+        ],
+        prediction_accuracy=[
+            admin_service_pb2.PredictionAccuracy(
+                quantity=quantity,
+                sample_count=each.count,
+                bias=each.bias_ratio,
+                median_error=each.median_error_ratio,
+                p90_error=each.p90_error_ratio,
+                coverage=each.upper_coverage,
+            )
+            for quantity, each in accuracy.items()
         ],
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 from sagecp.core.errors import ErrorReason, Failure, FieldViolation, InvalidRequestError
 from sagecp.core.types import (
-    CandidateScore,
     FailoverMode,
     OpenAiApi,
     ParallelismType,
@@ -15,13 +14,11 @@ from sagecp.core.types import (
     RequestState,
     RequestStatus,
     SamplingParameters,
-    SchedulingDecision,
     Usage,
 )
 from sagecp.core.validation import request_violations
 from sagecp.rpc.convert.common import (
     check_enum,
-    duration,
     prefixed,
     seconds_of,
     struct_to_json,
@@ -30,7 +27,7 @@ from sagecp.rpc.convert.common import (
 )
 from sagecp.rpc.errors import status_code_of
 from sagecp.runtime.engines.request_body import body_violations
-from sagecp.v1 import parallelism_pb2, request_pb2, scheduling_pb2
+from sagecp.v1 import parallelism_pb2, request_pb2
 from sagecp.v1.error_pb2 import ErrorReason as ErrorReasonProto
 
 _PARALLELISM = {
@@ -274,30 +271,3 @@ def request_to_proto(status: RequestStatus) -> request_pb2.Request:
     if status.failure is not None:
         message.failure.CopyFrom(failure_to_proto(status.failure))
     return message
-
-
-def decision_to_proto(decision: SchedulingDecision, wall_time_s: float) -> scheduling_pb2.SchedulingDecision:
-    """Return a receipt as a message; ``wall_time_s`` is its time in Unix seconds."""
-    return scheduling_pb2.SchedulingDecision(
-        request_id=decision.request_id,
-        epoch=decision.epoch,
-        instance_id=decision.instance_id,
-        decision_time=timestamp(wall_time_s),
-        queue_wait=duration(decision.queue_wait_s),
-        scheduling_policy=decision.scheduling_policy,
-        routing_strategy=decision.routing_strategy,
-        load_balancer=decision.load_balancer,
-        config_version=decision.config_version,
-        reason=decision.reason,
-        candidates=[_score_to_proto(score) for score in decision.candidates],
-        candidate_count=decision.candidate_count,
-    )
-
-
-def _score_to_proto(score: CandidateScore) -> scheduling_pb2.CandidateScore:
-    return scheduling_pb2.CandidateScore(
-        instance_id=score.instance_id,
-        score=score.score,
-        terms=dict(score.terms),
-        excluded_reason=score.excluded_reason,
-    )

@@ -11,13 +11,15 @@ import grpc
 from sagecp.core.errors import FieldViolation, InvalidRequestError, NotImplementedYetError
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.router.registry import LOAD_BALANCERS, ROUTING_STRATEGIES
+from sagecp.core.settings import SchedulingSettings
 from sagecp.core.types import RequestPriority
-from sagecp.rpc.convert.admin import metrics_to_proto, scheduling_to_proto, status_to_proto
+from sagecp.rpc.convert.admin import metrics_to_proto, status_to_proto
 from sagecp.rpc.convert.common import check_enum, duration, seconds_of, timestamp
+from sagecp.rpc.convert.scheduling import change_from_proto, parameters_to_proto, settings_to_proto
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.runtime.monitor import DEFAULT_WINDOW_S, LONGEST_WINDOW_S, MetricsKey
 from sagecp.v1 import admin_service_pb2 as pb
-from sagecp.v1 import admin_service_pb2_grpc, metrics_pb2, request_pb2
+from sagecp.v1 import admin_service_pb2_grpc, metrics_pb2, request_pb2, scheduling_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -81,14 +83,26 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         """Return the state of the control plane."""
-        return status_to_proto(self._manager.get_status())
+        manager = self._manager
+        return status_to_proto(
+            manager.get_status(),
+            self._config(manager.scheduling_settings()),
+            manager.scheduler.policy_in_force,
+            manager.prediction_accuracy(),
+        )
 
     async def GetSchedulingConfig(
         self, request: pb.GetSchedulingConfigRequest, context: Context
     ) -> pb.GetSchedulingConfigResponse:
-        """Return the configuration in force, and the names that can be used."""
+        """Return the configuration in force, and what it could be."""
+        manager = self._manager
+        *earlier, current = manager.scheduling_versions()
         return pb.GetSchedulingConfigResponse(
-            config=scheduling_to_proto(self._manager.get_status()),
+            config=self._config(current),
+            parameters=parameters_to_proto(current.values),
+            history=[self._config(settings) for settings in reversed(earlier)],
+            policy_in_force=manager.scheduler.policy_in_force,
+            policy_reason=manager.scheduler.why_policy(),
             available_scheduling_policies=SCHEDULING_POLICIES.names,
             available_routing_strategies=ROUTING_STRATEGIES.names,
             available_load_balancers=LOAD_BALANCERS.names,
@@ -101,10 +115,17 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     async def UpdateSchedulingConfig(
         self, request: pb.UpdateSchedulingConfigRequest, context: Context
     ) -> pb.UpdateSchedulingConfigResponse:
-        """Change the scheduling configuration. Not in this version."""
-        raise NotImplementedYetError(
-            "UpdateSchedulingConfig is not implemented by this version; restart the server with other names"
-        )
+        """Change the configuration as a whole, or only say what it would be."""
+        change = change_from_proto(request)
+        manager = self._manager
+        if request.validate_only:
+            settings = manager.preview_scheduling(change)
+        else:
+            settings = manager.update_scheduling(change)
+        return pb.UpdateSchedulingConfigResponse(config=self._config(settings))
+
+    def _config(self, settings: SchedulingSettings) -> scheduling_pb2.SchedulingConfig:
+        return settings_to_proto(settings, self._manager.settings_time(settings))
 
     async def PlanParallelism(
         self, request: pb.PlanParallelismRequest, context: Context

@@ -9,7 +9,8 @@ import grpc
 from sagecp.core.errors import FieldViolation, InvalidRequestError, NotImplementedYetError
 from sagecp.core.types import RequestState
 from sagecp.rpc.convert.common import check_enum
-from sagecp.rpc.convert.request import decision_to_proto, request_from_proto, request_to_proto
+from sagecp.rpc.convert.request import request_from_proto, request_to_proto
+from sagecp.rpc.convert.scheduling import decision_to_proto
 from sagecp.rpc.servicers.paging import not_our_token, page_size, page_token, position_of
 from sagecp.rpc.servicers.relay import relay_output
 from sagecp.runtime.manager import ControlPlaneManager
