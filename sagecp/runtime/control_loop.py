@@ -11,6 +11,7 @@ from sagecp.config import RuntimeConfig
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.errors import ErrorReason, Failure, InvalidRequestError
+from sagecp.core.policy_replay import PolicyReplay, PolicyScore
 from sagecp.core.request import RequestRecord
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.settings import SchedulingSettings
@@ -26,12 +27,16 @@ from sagecp.runtime.executor import ExecutionCoordinator, failure_of
 from sagecp.runtime.health import HealthLoop
 from sagecp.runtime.monitor import EndedSample, MetricsKey, Monitor, objectives_met
 from sagecp.runtime.output import OutputLog
+from sagecp.runtime.policy_evaluation import EvaluationError, PolicyEvaluator
 from sagecp.runtime.requests import RequestHandle, RequestTable
 
 logger = logging.getLogger(__name__)
 
 # Nothing that an operator should look into; and an engine's refusal may quote the request.
 _CALLER_FAULTS = frozenset({ErrorReason.ENGINE_REJECTED, ErrorReason.INVALID_REQUEST})
+
+EventListener = Callable[[float, ev.Event, list[fx.Effect]], None]
+"""Called with the time on the core's clock, an event, and the core's answer to it."""
 
 
 class ControlLoop:
@@ -43,6 +48,9 @@ class ControlLoop:
         monitor: Takes samples of ended requests.
         config: Loops and bounds.
         clock: Monotonic seconds.
+        policy_evaluator: Replays the past for the adaptive policy; ``None``: nobody does.
+        on_event: Told every event, when it happened and what the core answered, before anything is
+            done about it: a recorder, for example. It must not raise.
     """
 
     def __init__(
@@ -52,6 +60,8 @@ class ControlLoop:
         monitor: Monitor,
         config: RuntimeConfig,
         clock: Callable[[], float],
+        policy_evaluator: PolicyEvaluator | None = None,
+        on_event: EventListener | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.coordinator = coordinator
@@ -66,6 +76,11 @@ class ControlLoop:
         self._config = config
         self._sequence = 0
         self._attempts: set[asyncio.Task[None]] = set()
+        self._on_event = on_event
+        self._policy_evaluator = policy_evaluator
+        self._evaluation: asyncio.Task[None] | None = None
+        # What the last evaluation failed with, so that a lasting fault is logged once.
+        self._evaluation_fault = ""
         self._loops: list[asyncio.Task[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
@@ -96,7 +111,7 @@ class ControlLoop:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        tasks = [*self._loops, *self._attempts]
+        tasks = [*self._loops, *self._attempts, *([self._evaluation] if self._evaluation else [])]
         self._loops = []
         for task in tasks:
             task.cancel()
@@ -109,7 +124,7 @@ class ControlLoop:
             SageError: The core refused it.
         """
         now = self.clock()
-        self._perform(self.scheduler.handle(ev.RequestArrived(request), now), now, digest)
+        self._perform(self._handle(ev.RequestArrived(request), now), now, digest)
         return self.requests.get(request.request_id)
 
     def feed(self, event: ev.Event) -> None:
@@ -119,7 +134,13 @@ class ControlLoop:
             SageError: The event names something unknown or impossible.
         """
         now = self.clock()
-        self._perform(self.scheduler.handle(event, now), now)
+        self._perform(self._handle(event, now), now)
+
+    def _handle(self, event: ev.Event, now: float) -> list[fx.Effect]:
+        effects = self.scheduler.handle(event, now)
+        if self._on_event is not None:
+            self._on_event(now, event, effects)
+        return effects
 
     def _ids_to_probe(self) -> list[str]:
         return [i.instance_id for i in self.scheduler.fleet if i.incarnation == 0 or i.unreachable]
@@ -156,6 +177,13 @@ class ControlLoop:
                 )
             elif isinstance(effect, fx.SettingsChanged):
                 _log_settings(effect.settings)
+            elif isinstance(effect, fx.EvaluatePolicies):
+                self._start_evaluation(effect.replay)
+            elif isinstance(effect, fx.PolicySwitched):
+                logger.info(
+                    "scheduling policy switched",
+                    extra={"policy": effect.policy, "previous": effect.previous, "why": effect.why},
+                )
             else:
                 rejected = effect
         self._arm_timer(now)
@@ -288,6 +316,37 @@ class ControlLoop:
             },
         )
 
+    # -- replays for the adaptive policy ---------------------------------------------
+
+    def _start_evaluation(self, replay: PolicyReplay) -> None:
+        if self._policy_evaluator is None or not self.running:
+            return
+        if self._evaluation is not None:
+            # The core has given it up.
+            self._evaluation.cancel()
+        self._evaluation = asyncio.get_running_loop().create_task(
+            self._evaluate(self._policy_evaluator, replay), name="sagecp-policy-evaluation"
+        )
+
+    async def _evaluate(self, evaluator: PolicyEvaluator, replay: PolicyReplay) -> None:
+        scores: tuple[PolicyScore, ...] = ()
+        try:
+            scores = await evaluator.evaluate(replay)
+        except EvaluationError as error:
+            self._note_evaluation_fault(str(error))
+        except Exception:
+            logger.exception("policy evaluation crashed")
+        else:
+            self._evaluation_fault = ""
+        self.feed(ev.PoliciesEvaluated(replay.evaluation_id, scores))
+
+    def _note_evaluation_fault(self, message: str) -> None:
+        if message != self._evaluation_fault:
+            self._evaluation_fault = message
+            logger.warning(
+                "policies could not be evaluated; the one in force stays", extra={"reason": message}
+            )
+
     # -- time ----------------------------------------------------------------------
 
     def _arm_timer(self, now: float) -> None:
@@ -313,7 +372,7 @@ class ControlLoop:
             now = self.clock()
             try:
                 if len(self.scheduler.queue):
-                    self._perform(self.scheduler.handle(ev.ClockAdvanced(), now), now)
+                    self._perform(self._handle(ev.ClockAdvanced(), now), now)
                 self.requests.drop_old(now)
             except Exception:
                 # A net with a hole is still a net.

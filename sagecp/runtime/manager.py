@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import datetime as dt
 import logging
 import secrets
 import time
@@ -32,15 +33,19 @@ from sagecp.core.types import (
     SchedulingDecision,
 )
 from sagecp.core.validation import check_instance, check_request
-from sagecp.runtime.control_loop import ControlLoop
+from sagecp.runtime.control_loop import ControlLoop, EventListener
 from sagecp.runtime.engines.base import EngineDelta
 from sagecp.runtime.engines.request_body import body_violations
 from sagecp.runtime.executor import ClientFactory, ExecutionCoordinator
 from sagecp.runtime.monitor import DEFAULT_WINDOW_S, MetricsKey, Monitor
+from sagecp.runtime.policy_evaluation import PolicyEvaluator
 from sagecp.runtime.requests import Reading, RequestHandle, RequestTable, fingerprint
 from sagecp.version import __version__
 
 logger = logging.getLogger(__name__)
+
+POSITION_QUEUE_LIMIT = 10_000
+"""In a longer queue of its model nobody is told a request's position."""
 
 
 class ControlPlaneManager:
@@ -58,6 +63,9 @@ class ControlPlaneManager:
         engine: How to talk to engines.
         client_factory: Makes engine clients; the default speaks vLLM's HTTP API.
         clock: Monotonic seconds.
+        policy_evaluator: Replays the past for the ``adaptive`` policy; without one
+            that stays with ``priority``.
+        on_event: Told every event of the core with its answer, for event logs.
 
     Raises:
         UnknownNameError: A name is not known; lists those that are.
@@ -76,6 +84,8 @@ class ControlPlaneManager:
         engine: EngineConfig | None = None,
         client_factory: ClientFactory | None = None,
         clock: Callable[[], float] = time.monotonic,
+        policy_evaluator: PolicyEvaluator | None = None,
+        on_event: EventListener | None = None,
     ) -> None:
         base = scheduler or SchedulerConfig()
         self.runtime_config = runtime or RuntimeConfig()
@@ -89,7 +99,15 @@ class ControlPlaneManager:
         )
         self.coordinator = ExecutionCoordinator(engine, client_factory)
         self.monitor = Monitor(enabled=enable_monitoring)
-        self._loop = ControlLoop(self.scheduler, self.coordinator, self.monitor, self.runtime_config, clock)
+        self._loop = ControlLoop(
+            self.scheduler,
+            self.coordinator,
+            self.monitor,
+            self.runtime_config,
+            clock,
+            policy_evaluator,
+            on_event,
+        )
         self._enable_monitoring = enable_monitoring
         self._clock = clock
         self._start_s = clock()
@@ -237,8 +255,12 @@ class ControlPlaneManager:
         return tuple(handle.record.decisions)
 
     def _queue_position(self, handle: RequestHandle) -> int | None:
-        record = handle.record
-        return self.scheduler.queue.position(record, self._clock()) if record.queued else None
+        record, queue = handle.record, self.scheduler.queue
+        # To count those ahead takes a look at each, while everything else waits.
+        line = queue.line(record.model)
+        if not record.queued or line is None or len(line) > POSITION_QUEUE_LIMIT:
+            return None
+        return queue.position(record, self._clock())
 
     # -- fleet ---------------------------------------------------------------------
 
@@ -343,6 +365,14 @@ class ControlPlaneManager:
         """Return the Unix time at which settings came into force; the first did when this object was made."""
         return self.wall_time(self._start_s if settings.version == 1 else settings.update_s)
 
+    def why_policy(self) -> str:
+        """Return since when and why the policy in force is in force."""
+        why, since_s = self.scheduler.why_policy(), self.scheduler.policy_since_s
+        if since_s is None:
+            return why
+        since = dt.datetime.fromtimestamp(self.wall_time(since_s), dt.UTC)
+        return f"since {since:%H:%M:%S} UTC: {why}"
+
     # -- reports -------------------------------------------------------------------
 
     def prediction_accuracy(self) -> Mapping[str, QuantityAccuracy]:
@@ -396,7 +426,7 @@ class ControlPlaneManager:
             routing_strategy=settings.routing_strategy,
             load_balancer=settings.load_balancer,
             config_version=settings.version,
-            policy_reason=scheduler.why_policy(),
+            policy_reason=self.why_policy(),
             instance_count_by_state={s.name: n for s, n in scheduler.fleet.count_by_state().items() if n},
             queued_count_by_model=scheduler.queue.count_by_model(),
             queued_count_by_priority={p.name: n for p, n in by_priority.items() if n},
