@@ -94,7 +94,7 @@ class Admission:
             return
         request = self._dispatcher.request_row(record, now)
         if metadata.cost_budget is not None:
-            self._check_budget(request, rows, parameters)
+            self._check_budget(request, rows, parameters, metadata.choice_count)
         if metadata.slo_deadline_ms is not None and parameters["admission.refuse_infeasible"] >= 0.5:
             self._check_deadline(record, request, rows, parameters)
 
@@ -127,14 +127,22 @@ class Admission:
         ]
 
     def _check_budget(
-        self, request: RequestRow, rows: list[CandidateRow], parameters: Mapping[str, float]
+        self,
+        request: RequestRow,
+        rows: list[CandidateRow],
+        parameters: Mapping[str, float],
+        choice_count: int,
     ) -> None:
         priced = [row for row in rows if row.usd_per_hour > 0.0]
         if not priced:
             return
         sharing = parameters["cost_optimized.decode_sharing"]
         cost_usd, _, cheapest = min(
-            (request_cost_usd(request, row, predict(request, row), sharing), row.instance_id, row)
+            (
+                request_cost_usd(request, row, predict(request, row), sharing, choice_count),
+                row.instance_id,
+                row,
+            )
             for row in priced
         )
         if cost_usd > request.cost_budget_usd:
@@ -168,7 +176,6 @@ class Admission:
                 decode_count=0,
                 context_token_count=0.0,
                 prefill_share=0.0,
-                young_decode_count=0,
             )
             idle = predict(request, idle_row)
             alone_s = min(alone_s, idle.ttft_s + (request.output_token_count - 1.0) * idle.tpot_s)

@@ -50,7 +50,8 @@ def choose(strategy: RoutingStrategy, policy: SchedulingPolicy, inputs: Placemen
     request, parameters = inputs.request, inputs.parameters
     score = strategy.score
     ranked: list[_Ranked]
-    if strategy.is_loss:
+    # Most policies leave scores as they are: no call, then.
+    if strategy.is_loss and type(policy).rescore is not SchedulingPolicy.rescore:
         rescore = policy.rescore
         ranked = [
             (

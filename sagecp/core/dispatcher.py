@@ -9,10 +9,9 @@ import random
 from collections.abc import Callable, Mapping
 
 from sagecp.core.choice import Choice, choose
-from sagecp.core.fair_line import ServiceBooks
 from sagecp.core.fleet import Fleet, InstanceRecord
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
-from sagecp.core.policies.base import PolicyContext, SchedulingPolicy
+from sagecp.core.policies.base import PolicyContext, PolicyVerdict, SchedulingPolicy
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.prediction.placement import BATCH_TOKEN_COUNT, miss_probability, predict
 from sagecp.core.prefix_index import PrefixIndex
@@ -20,6 +19,7 @@ from sagecp.core.receipts import kept_inputs, kept_scores
 from sagecp.core.request import RequestRecord
 from sagecp.core.request_queue import RequestQueue
 from sagecp.core.router.registry import make_strategy
+from sagecp.core.service_books import ServiceBooks
 from sagecp.core.settings import SchedulingSettings
 from sagecp.core.types import InstanceState, RequestPriority, SchedulingDecision
 from sagecp.core.waiting_line import WaitingLine
@@ -27,6 +27,9 @@ from sagecp.core.waiting_line import WaitingLine
 # Most requests of a model that others pass in one dispatch because they wait for a better
 # instance: the bound on what a fleet with a failing engine costs each event.
 STEP_OVER_LIMIT = 32
+# Most requests that one dispatch demotes; later heads go out as they are. After a standstill
+# the whole queue may be hopeless, and to find that at once would stop everything else.
+DEMOTION_LIMIT = 64
 # Candidates that are looked at: those with the least to do, those that hold the prompt's
 # start, and those that will soon be open. More would cost time and find nothing better.
 OPEN_CANDIDATE_LIMIT = 32
@@ -80,13 +83,16 @@ class Dispatcher:
         self.policy: SchedulingPolicy
         self.parameters: Mapping[str, float] = {}
 
-    def configure(self, settings: SchedulingSettings) -> None:
-        """Take new settings into use; the queue keeps its order until it is reordered."""
+    def configure(self, settings: SchedulingSettings, verdict: PolicyVerdict) -> None:
+        """Take settings into use, and the policy that evidence speaks for where they leave it open.
+
+        The queue keeps its order until it is reordered.
+        """
         before = getattr(self, "settings", None)
         self.settings = settings
         self.parameters = settings.values
         self.policy = SCHEDULING_POLICIES.get(settings.scheduling_policy)(
-            PolicyContext(settings.values, self._books)
+            PolicyContext(settings.values, self._books, verdict)
         )
         # Strategies remember: only another name, or another parameter, makes a new one.
         if before is None or (before.routing_strategy, before.load_balancer) != (
@@ -121,14 +127,17 @@ class Dispatcher:
         heapq.heapify(heads)
         passed: dict[str, int] = {}
         stepped: dict[str, WaitingLine] = {}
+        demoted_count = 0
         while heads:
             _, model, line = heapq.heappop(heads)
             record = line.head(now)
             if record is None or not fleet.is_open(model):
                 continue
-            verdict = self._consider(record, line, now)
+            verdict = self._consider(record, line, now, may_demote=demoted_count < DEMOTION_LIMIT)
             if verdict is _Verdict.BLOCKED:
                 continue
+            if verdict is _Verdict.DEMOTED:
+                demoted_count += 1
             if verdict is _Verdict.PASSED:
                 passed[model] = passed.get(model, 0) + 1
                 if passed[model] > STEP_OVER_LIMIT:
@@ -140,7 +149,9 @@ class Dispatcher:
         for line in stepped.values():
             line.step_back()
 
-    def _consider(self, record: RequestRecord, line: WaitingLine, now: float) -> _Verdict:
+    def _consider(
+        self, record: RequestRecord, line: WaitingLine, now: float, *, may_demote: bool
+    ) -> _Verdict:
         if record.wait_until_s > now:
             awaited = self._fleet.find(record.waits_for)
             if awaited is not None and awaited.gate_closed and awaited.state is InstanceState.READY:
@@ -156,8 +167,17 @@ class Dispatcher:
         instances = list(usable)
         if policy.is_patient and self.strategy.is_loss:
             instances += self._closed_candidates(record, matches)
+        may_demote = (
+            may_demote
+            and policy.demotes
+            and not record.demoted
+            and record.metadata.priority is not RequestPriority.CRITICAL
+        )
+        if may_demote and self._is_overdue(record, instances, now):
+            line.demote(record)
+            return _Verdict.DEMOTED
         inputs = self._observe(record, instances, len(usable), matches, now)
-        if policy.demotes and not record.demoted and self._is_hopeless(record, inputs):
+        if may_demote and self._is_hopeless(inputs):
             line.demote(record)
             return _Verdict.DEMOTED
         choice = choose(self.strategy, policy, inputs)
@@ -263,6 +283,7 @@ class Dispatcher:
         """Return an instance as placements see it."""
         load = instance.load
         capacity = instance.spec.key_value_token_capacity
+        backlog_s, decodes, context, share, ttft_factor, tpot_factor, sigma = load.view(now)
         latency_s, ttft_s, tpot_s = (
             instance.latency_estimate_s,
             instance.ttft_estimate_s,
@@ -278,20 +299,19 @@ class Dispatcher:
             instance.reserved_token_count,
             math.inf if capacity is None else float(capacity),
             cached_token_count,
-            load.backlog_s(now),
-            load.decode_count,
-            load.context_token_count(now),
-            load.prefill_share(now),
-            load.ttft.factor(now),
-            load.tpot.factor(now),
-            load.ttft.sigma,
+            backlog_s,
+            decodes,
+            context,
+            share,
+            ttft_factor,
+            tpot_factor,
+            sigma,
             math.inf if latency_s is None else latency_s,
             math.inf if ttft_s is None else ttft_s,
             math.inf if tpot_s is None else tpot_s,
             instance.usd_per_hour,
             extra,
             load.kind.model.parameters,
-            load.young_decode_count(now) if load.decode_count else 0,
         )
 
     def _observe(
@@ -318,10 +338,22 @@ class Dispatcher:
         )
         return PlacementInputs(self.request_row(record, now), rows, self.parameters)
 
-    def _is_hopeless(self, record: RequestRecord, inputs: PlacementInputs) -> bool:
-        """Return whether the request would probably miss its objective wherever it went."""
-        if record.metadata.priority is RequestPriority.CRITICAL:
+    def _is_overdue(self, record: RequestRecord, instances: list[InstanceRecord], now: float) -> bool:
+        """Return whether a request has waited so long that it is hopeless however fast an instance were.
+
+        What :meth:`_is_hopeless` would find for zero seconds to the first token, and the
+        widest spread: after a standstill thousands of requests are, and each would cost rows.
+        """
+        waited_s, objective_s = now - record.arrival_s, record.ttft_objective_s
+        if waited_s < objective_s:
             return False
+        threshold = max(0.5, self.parameters["slo_aware.demote_probability"])
+        sigma = max(instance.load.ttft.sigma for instance in instances)
+        sigma = max(sigma, self.parameters["predicted_latency.ttft_sigma"])
+        return miss_probability(waited_s, objective_s, sigma) > threshold
+
+    def _is_hopeless(self, inputs: PlacementInputs) -> bool:
+        """Return whether the request would probably miss its objective wherever it went."""
         request = inputs.request
         threshold = self.parameters["slo_aware.demote_probability"]
         least_sigma = self.parameters["predicted_latency.ttft_sigma"]
@@ -377,8 +409,10 @@ class Dispatcher:
         wait_s = load.backlog_s(now) - self.parameters["dispatch.prefill_window_s"]
         if self.policy.is_paced and load.decode_count:
             wait_s = max(wait_s, self._pacing_wait_s(instance, now))
-        if wait_s > 1e-9:
-            self._fleet.close_gate(instance, now + wait_s)
+        opens_s = now + wait_s
+        # A wait too short for the clock to tell would have no end: its time is the present.
+        if wait_s > 1e-9 and opens_s > now:
+            self._fleet.close_gate(instance, opens_s)
         else:
             self._fleet.open_gate(instance)
 
@@ -393,8 +427,7 @@ class Dispatcher:
         decode_s = step.decode_step_s(load.decode_count, context) * factor
         prefill_s = step.step_s(BATCH_TOKEN_COUNT, context) * factor
         goal_s = self.parameters["slo_aware.pacing_margin"] * min(
-            self.parameters["objectives.tpot_s"],
-            *(each.tpot_objective_s for each in instance.in_flight.values()),
+            self.parameters["objectives.tpot_s"], instance.least_tpot_objective_s
         )
         if prefill_s <= goal_s or prefill_s <= decode_s:
             return 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sagecp.core.errors import Failure, SageError
+from sagecp.core.policy_replay import PolicyReplay
 from sagecp.core.request import RequestRecord
 from sagecp.core.settings import SchedulingSettings
 from sagecp.core.types import InstanceState, RequestState, SchedulingDecision
@@ -86,6 +87,25 @@ class SettingsChanged:
     settings: SchedulingSettings
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluatePolicies:
+    """Replay the last arrivals under each candidate, and answer with :class:`PoliciesEvaluated`.
+
+    Late answers and none are fine: another replay is asked for when this one is out of date.
+    """
+
+    replay: PolicyReplay
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySwitched:
+    """The adaptive policy lets another policy decide; the settings stay as they are."""
+
+    previous: str
+    policy: str
+    why: str
+
+
 Effect = (
     RequestAccepted
     | RequestRejected
@@ -96,4 +116,6 @@ Effect = (
     | InstanceChanged
     | InstanceRemoved
     | SettingsChanged
+    | EvaluatePolicies
+    | PolicySwitched
 )

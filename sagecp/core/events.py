@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sagecp.core.errors import Failure
+from sagecp.core.policy_replay import PolicyScore
 from sagecp.core.settings import SettingsChange
 from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, GpuReading, RequestMetadata
 
@@ -136,6 +137,14 @@ class SchedulingConfigured:
 
 
 @dataclass(frozen=True, slots=True)
+class PoliciesEvaluated:
+    """A replay was made. ``scores`` empty: it could not be."""
+
+    evaluation_id: int
+    scores: tuple[PolicyScore, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ClockAdvanced:
     """Time passed: deadlines and leases are looked at."""
 
@@ -153,5 +162,6 @@ Event = (
     | HealthProbed
     | DrainRequested
     | SchedulingConfigured
+    | PoliciesEvaluated
     | ClockAdvanced
 )

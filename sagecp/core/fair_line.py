@@ -4,123 +4,19 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 from sagecp.core.request import RequestRecord
+from sagecp.core.service_books import Account, LaneKey, ServiceBooks, lane_key, tenant_of
 from sagecp.core.types import RequestPriority
 from sagecp.core.waiting_line import LazyHeap, WaitingLine
 
-DEFAULT_ACCOUNT_LIMIT = 20_000
-
-_INITIAL_MEAN_COST_S = 1.0
 _MEAN_COST_GAIN = 0.05
-_FORGET_SCAN_COUNT = 8
+_SAME_TURN = 1e-6
 
 # Stamps of backlogs that have no valid entry in their lane's order.
 _NOTHING_TO_GIVE = 0
 _NEWCOMER = -1
-
-
-class LaneKey(NamedTuple):
-    """Whose shares are compared: the tenants that wait for one model in one class."""
-
-    model: str
-    priority: RequestPriority
-
-
-class Account:
-    """What one tenant has had of one model in one class.
-
-    Attributes:
-        standing_s: Engine seconds charged, divided by the tenant's weight, on
-            the lane's common scale: the smallest standing is served first.
-        floor_s: The scale when the tenant last began to wait. A refund goes no
-            lower, or an earlier misprediction would be credit saved up.
-        running_count: Requests that are dispatched and not settled.
-    """
-
-    __slots__ = ("floor_s", "running_count", "standing_s")
-
-    def __init__(self) -> None:
-        self.standing_s = 0.0
-        self.floor_s = 0.0
-        self.running_count = 0
-
-
-class Ledger:
-    """What one lane has in common.
-
-    Attributes:
-        last_to_leave: Account of the tenant whose request emptied the lane.
-        mean_cost_s: Moving average of what a dispatch costs, engine seconds.
-    """
-
-    __slots__ = ("last_to_leave", "mean_cost_s")
-
-    def __init__(self) -> None:
-        self.last_to_leave: Account | None = None
-        self.mean_cost_s = _INITIAL_MEAN_COST_S
-
-
-class ServiceBooks:
-    """Who has had how much service: outlives the lines, which come and go with their requests.
-
-    Each lane has its own scale. One scale for all would let a tenant that used
-    an idle model (or an idle night's background class) starve where others
-    wait, for as long as it had been served where nobody did.
-
-    The least recently used account is forgotten first; one with requests
-    running is spared until there are twice the limit. Lines hold the accounts
-    of waiting tenants themselves. A forgotten tenant starts again as a newcomer.
-
-    Args:
-        account_limit: Most accounts to remember, at least 1.
-    """
-
-    def __init__(self, account_limit: int = DEFAULT_ACCOUNT_LIMIT) -> None:
-        self._account_limit = account_limit
-        self._accounts: OrderedDict[tuple[LaneKey, str], Account] = OrderedDict()
-        self._ledgers: OrderedDict[LaneKey, Ledger] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._accounts)
-
-    def account(self, lane: LaneKey, tenant: str) -> Account:
-        """Return a tenant's account, a new one if there is none."""
-        account = self._accounts.get((lane, tenant)) or Account()
-        self.keep(lane, tenant, account)
-        return account
-
-    def keep(self, lane: LaneKey, tenant: str, account: Account) -> None:
-        """Remember an account as the one used last."""
-        accounts = self._accounts
-        accounts[lane, tenant] = account
-        accounts.move_to_end((lane, tenant))
-        # Never as far as the account that was just put last.
-        for _ in range(min(_FORGET_SCAN_COUNT, len(accounts) - 1)):
-            if len(accounts) <= self._account_limit:
-                return
-            oldest_key, oldest = accounts.popitem(last=False)
-            if oldest.running_count and len(accounts) < 2 * self._account_limit:
-                accounts[oldest_key] = oldest
-
-    def weight_of(self, tenant: str) -> float:
-        """Return a tenant's weight: 1, the same for all, until weights can be configured."""
-        del tenant
-        return 1.0
-
-    def ledger(self, lane: LaneKey) -> Ledger:
-        """Return what a lane has in common."""
-        ledger = self._ledgers.get(lane)
-        if ledger is None:
-            ledger = self._ledgers[lane] = Ledger()
-            if len(self._ledgers) > self._account_limit:
-                self._ledgers.popitem(last=False)
-        else:
-            self._ledgers.move_to_end(lane)
-        return ledger
 
 
 class _Backlog:
@@ -328,23 +224,19 @@ class FairLine(WaitingLine):
             record: The request, taken out already or about to be.
             cost_s: Predicted engine seconds: uncached prefill and its share of decode steps.
         """
-        account = self._charge(record, cost_s)
-        account.running_count += 1
-        ledger = self._books.ledger(lane_key(record))
+        tenant, key = tenant_of(record), lane_key(record)
+        backlog = self._lanes[record.metadata.priority].backlogs.get(tenant)
+        account = backlog.account if backlog is not None else self._books.account(key, tenant)
+        self._books.charge(record, account, self._weight_of(tenant), cost_s)
+        ledger = self._books.ledger(key)
         ledger.mean_cost_s += _MEAN_COST_GAIN * (cost_s - ledger.mean_cost_s)
 
-    def note_settled(self, record: RequestRecord, predicted_cost_s: float, actual_cost_s: float) -> None:
-        """Charge or refund the difference between what a request cost and what it was charged.
-
-        Any line with the same books will do if the request's own is gone.
-
-        Args:
-            record: The request, whose attempt has ended.
-            predicted_cost_s: What :meth:`note_dispatch` was told.
-            actual_cost_s: Engine seconds that it cost.
-        """
-        account = self._charge(record, actual_cost_s - predicted_cost_s)
-        account.running_count = max(0, account.running_count - 1)
+    def note_settled(self, record: RequestRecord) -> None:
+        """Let the tenant go first if it now has had least."""
+        lane = self._lanes[record.metadata.priority]
+        backlog = lane.backlogs.get(tenant_of(record))
+        if backlog is not None and backlog.stamp > _NOTHING_TO_GIVE:
+            lane.enter(backlog)
 
     def position(self, record: RequestRecord, now: float) -> int:
         """Return how many requests go before it if each costs the mean and no more arrive. O(n log n)."""
@@ -410,19 +302,6 @@ class FairLine(WaitingLine):
         )
         return least.standing_s if least is not None else 0.0
 
-    def _charge(self, record: RequestRecord, cost_s: float) -> Account:
-        tenant, key, lane = tenant_of(record), lane_key(record), self._lanes[record.metadata.priority]
-        backlog = lane.backlogs.get(tenant)
-        if backlog is None:
-            account = self._books.account(key, tenant)
-        else:
-            account = backlog.account
-            self._books.keep(key, tenant, account)
-        account.standing_s = max(account.floor_s, account.standing_s + cost_s / self._weight_of(tenant))
-        if backlog is not None and backlog.stamp > _NOTHING_TO_GIVE and cost_s < 0.0:
-            lane.enter(backlog)
-        return account
-
 
 class _Forecast:
     """Where a request stands if each request costs the mean of its lane and no more arrive.
@@ -449,6 +328,9 @@ class _Forecast:
         if cost_s <= 0.0:
             return backlog.waiting.live_count if self.turn(backlog, 0) < turn else 0
         turns = (turn[0] - self._standing_s(backlog)) / cost_s
+        # Standings are sums: a turn that is the same but for rounding is the same.
+        if abs(turns - round(turns)) < _SAME_TURN:
+            turns = round(turns)
         count = math.floor(turns) + 1 if backlog.tenant < turn[1] else math.ceil(turns)
         return max(0, min(backlog.waiting.live_count, count))
 
@@ -480,7 +362,8 @@ class _Forecast:
                 last_turn = turn if last_turn is None else max(last_turn, turn)
         if last_turn is None:
             return 0
-        return 1 + sum(self.count_before(last_turn, backlog) for backlog in self._lane.backlogs.values())
+        before = sum(self.count_before(last_turn, backlog) for backlog in self._lane.backlogs.values())
+        return min(self._lane.by_age.live_count, 1 + before)
 
     def _standing_s(self, backlog: _Backlog) -> float:
         # Reading must change nothing, so newcomers are not lifted here but taken as lifted.
@@ -489,13 +372,3 @@ class _Forecast:
 
     def _turn_cost_s(self, backlog: _Backlog) -> float:
         return self._mean_cost_s / self._weight_of(backlog.tenant)
-
-
-def tenant_of(record: RequestRecord) -> str:
-    """Return whose share pays for a request."""
-    return record.metadata.tenant_id or record.metadata.user_id
-
-
-def lane_key(record: RequestRecord) -> LaneKey:
-    """Return with whose shares its own is compared."""
-    return LaneKey(record.model, record.metadata.priority)

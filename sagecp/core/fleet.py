@@ -14,6 +14,7 @@ from sagecp.core.errors import (
     StaleIncarnationError,
 )
 from sagecp.core.instance_load import InstanceLoad
+from sagecp.core.least_value import LeastValue
 from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.request import RequestRecord
 from sagecp.core.states import INSTANCE_TRANSITIONS, StateMachine
@@ -76,6 +77,7 @@ class InstanceRecord:
         self.in_flight_count = 0
         self.reserved_token_count = 0
         self.spare_token_count = math.inf
+        self._tpot_objectives_s = LeastValue()
         self.load = load
         self.gate_closed = False
         self.gate_opens_s = -math.inf
@@ -94,6 +96,11 @@ class InstanceRecord:
     def state(self) -> InstanceState:
         """Where it is in its life."""
         return self.machine.state
+
+    @property
+    def least_tpot_objective_s(self) -> float:
+        """The strictest objective for the time between tokens of what is on it; infinite: nothing is."""
+        return self._tpot_objectives_s.least(math.inf)
 
     @property
     def is_open(self) -> bool:
@@ -133,12 +140,14 @@ class InstanceRecord:
     def take(self, request: RequestRecord, dispatch_sequence: int) -> None:
         """Count a request as being here."""
         self.in_flight[request.request_id] = request
+        self._tpot_objectives_s.add(request.tpot_objective_s)
         self._reserve(self.token_need(request))
         self.last_dispatch_sequence = dispatch_sequence
 
     def release(self, request: RequestRecord) -> None:
         """Stop counting a request."""
         if self.in_flight.pop(request.request_id, None) is not None:
+            self._tpot_objectives_s.discard(request.tpot_objective_s)
             self._reserve(-self.token_need(request))
 
     def _reserve(self, token_count: int) -> None:
@@ -153,6 +162,7 @@ class InstanceRecord:
     def inherit(self, previous: InstanceRecord) -> None:
         """Take over what an earlier registration holds and has learned."""
         self.in_flight = previous.in_flight
+        self._tpot_objectives_s = previous._tpot_objectives_s
         self._reserve(sum(map(self.token_need, self.in_flight.values())))
         self.drain = previous.drain
         if self.load.kind is previous.load.kind:
@@ -393,10 +403,19 @@ class Fleet:
 
     def next_opening_s(self) -> float | None:
         """Return when the next closed gate should open, or ``None``."""
+        self.drop_stale_openings()
+        return self._openings[0][0] if self._openings else None
+
+    def drop_stale_openings(self) -> None:
+        """Forget the times before the next opening at which no gate opens any more.
+
+        At the end of every event, or a mere look at the next opening would
+        change which closed gates are found: what a log of events leads to would
+        depend on who looked when.
+        """
         openings = self._openings
         while openings and not self._opens(openings[0]):
             heapq.heappop(openings)
-        return openings[0][0] if openings else None
 
     def pop_openings(self, now: float) -> list[InstanceRecord]:
         """Return the instances whose gates should open by now."""

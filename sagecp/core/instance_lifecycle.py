@@ -70,6 +70,8 @@ class InstanceLifecycle:
         record.gpu_absent_reason = event.gpu_absent_reason
         if _restarted(record.gauges, event.gauges):
             record.load.forget(now)
+            # Closed for the work that the engine has lost.
+            self._fleet.open_gate(record)
             self._prefixes.remove_instance(record.instance_id)
             capacity = record.spec.key_value_token_capacity or UNKNOWN_CAPACITY_TOKENS
             self._prefixes.add_instance(record.instance_id, capacity // DIGEST_BLOCK_TOKENS)

@@ -8,6 +8,7 @@ prefill in order of arrival, beside the decodes of what it runs already.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from sagecp.core.prediction.book import InstanceKind
 from sagecp.core.prediction.placement import BATCH_TOKEN_COUNT
@@ -17,8 +18,6 @@ from sagecp.core.prediction.residual import Residual
 PREFILL_SHARE_TIME_S = 5.0
 # First tokens this close together came from one step.
 _SAME_STEP_S = 1e-3
-# A decode with fewer tokens than this may end before a stall is forgotten.
-YOUNG_TOKENS = 32
 # A stretch of prefill this long is taken as an observation of its own.
 _LONG_STRETCH_STEPS = 4
 # Shorter decodes say little about the time of a step.
@@ -40,7 +39,6 @@ class _Prefill:
         "pairs",
         "predicted_s",
         "prompt",
-        "raw_s",
         "steps",
         "uncached",
     )
@@ -52,7 +50,6 @@ class _Prefill:
         self.context = context
         self.steps = math.ceil(uncached / max(1, BATCH_TOKEN_COUNT - decodes))
         self.pairs = uncached * (prompt - uncached / 2)
-        self.raw_s = 0.0
         self.predicted_s = 0.0
         self.expected_s = 0.0
 
@@ -134,6 +131,18 @@ class _Stretch:
         return self._context_sum / self.count if self.count else 0.0
 
 
+class LoadView(NamedTuple):
+    """A load at one moment, as :class:`InstanceLoad` says it piece by piece."""
+
+    backlog_s: float
+    decode_count: int
+    context_token_count: float
+    prefill_share: float
+    ttft_factor: float
+    tpot_factor: float
+    ttft_sigma: float
+
+
 class InstanceLoad:
     """Prefill backlog, decodes and held tokens of one instance, and how it differs from its kind.
 
@@ -159,6 +168,8 @@ class InstanceLoad:
         "_share",
         "_stretch",
         "_token_gap_s",
+        "_view",
+        "_view_s",
         "kind",
         "tpot",
         "ttft",
@@ -185,6 +196,9 @@ class InstanceLoad:
         self._count_integral = 0.0
         self._context_integral = 0.0
         self._stretch = _Stretch(now)
+        # What was last asked for, and for which time: heads that are looked at together see the same.
+        self._view: LoadView
+        self._view_s = math.nan
 
     # -- reading ---------------------------------------------------------------
 
@@ -209,20 +223,26 @@ class InstanceLoad:
         oldest = next(iter(self._prefills.values()))
         return max(0.0, self._prefill_free_s - now) + max(0.0, now - oldest.expected_s)
 
-    def young_decode_count(self, now: float) -> int:
-        """Return how many requests have produced fewer than `YOUNG_TOKENS` tokens, by estimate."""
-        progress = self._progress_tokens + (now - self._clock_s) / self._token_gap_s
-        count = 0
-        # The youngest are last.
-        for decode in reversed(self._decodes.values()):
-            if progress - decode.begun_tokens >= YOUNG_TOKENS:
-                break
-            count += 1
-        return count
+    def view(self, now: float) -> LoadView:
+        """Return everything that a placement needs to know."""
+        if self._view_s != now:
+            self._view_s = now
+            has_prefills, decode_count = bool(self._prefills), len(self._decodes)
+            self._view = LoadView(
+                self.backlog_s(now) if has_prefills else 0.0,
+                decode_count,
+                self.context_token_count(now) if decode_count else 0.0,
+                self.prefill_share(now) if has_prefills or self._share else 0.0,
+                self.ttft.factor(now),
+                self.tpot.factor(now),
+                self.ttft.sigma,
+            )
+        return self._view
 
     def context_token_count(self, now: float) -> float:
         """Return the tokens that decodes hold, by estimate."""
-        return self._decode_prompt_tokens + self.produced_token_count(now)
+        since = len(self._decodes) * (now - self._clock_s) / self._token_gap_s
+        return self._decode_prompt_tokens + (self._produced_tokens + since)
 
     def produced_token_count(self, now: float) -> float:
         """Return the tokens that requests which still run have produced, by estimate."""
@@ -245,10 +265,8 @@ class InstanceLoad:
         context = self.context_token_count(now)
         prefill = _Prefill(prompt_tokens, max(1, prompt_tokens - cached_tokens), len(self._decodes), context)
         step = self.kind.model.parameters
-        prefill.raw_s = step.prefill_s(
-            prefill.uncached, prompt_tokens, prefill.decodes, context, BATCH_TOKEN_COUNT
-        )
-        prefill.predicted_s = prefill.raw_s * self.ttft.factor(now)
+        raw_s = step.prefill_s(prefill.uncached, prompt_tokens, prefill.decodes, context, BATCH_TOKEN_COUNT)
+        prefill.predicted_s = raw_s * self.ttft.factor(now)
         start_s = now
         if self._prefills:
             start_s = max(now, self._prefill_free_s)
@@ -327,7 +345,8 @@ class InstanceLoad:
     # -- inside --------------------------------------------------------------------
 
     def _advance(self, now: float) -> None:
-        """Bring shares and integrals up to the time."""
+        """Bring shares and integrals up to the time. What is seen may change from here on."""
+        self._view_s = math.nan
         elapsed_s = now - self._clock_s
         if elapsed_s <= 0.0:
             return

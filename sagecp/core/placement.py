@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sagecp.core.prediction.step_time import StepTimeParameters
-from sagecp.core.types import CandidateScore
 
 
 class RequestRow(NamedTuple):
@@ -59,7 +58,6 @@ class CandidateRow(NamedTuple):
         usd_per_hour: Price of the whole instance; 0: unknown.
         extra: What the routing strategy or balancer adds: a weight, a position, a draw.
         step_time: Constants of a step of its kind.
-        young_decode_count: Decodes with so few tokens that a stall decides their mean time per token.
     """
 
     instance_id: str
@@ -84,7 +82,6 @@ class CandidateRow(NamedTuple):
     usd_per_hour: float
     extra: float
     step_time: StepTimeParameters
-    young_decode_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +97,3 @@ class PlacementInputs:
     request: RequestRow
     candidates: tuple[CandidateRow, ...]
     parameters: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A choice, with what it was made from.
-
-    Attributes:
-        instance_id: The choice; ``""``: better to wait.
-        scores: The best candidates, best first; the first is the choice.
-        reason: Why, in a few words.
-    """
-
-    instance_id: str
-    scores: tuple[CandidateScore, ...]
-    reason: str

@@ -21,16 +21,18 @@ class _Cache:
     """The blocks of one instance.
 
     Attributes:
+        generation: Counts the caches that were begun, over all instances.
         bit: The instance's bit in the index's masks; one object, so that blocks
             held by it alone share it.
         evictable: Blocks no running request uses, least recently used first.
         pins: Running requests per block in use.
     """
 
-    __slots__ = ("bit", "capacity", "evictable", "instance_id", "pins", "slot")
+    __slots__ = ("bit", "capacity", "evictable", "generation", "instance_id", "pins", "slot")
 
-    def __init__(self, instance_id: str, slot: int, capacity: int) -> None:
+    def __init__(self, instance_id: str, generation: int, slot: int, capacity: int) -> None:
         self.instance_id = instance_id
+        self.generation = generation
         self.slot = slot
         self.bit = 1 << slot
         self.capacity = capacity
@@ -68,6 +70,7 @@ class PrefixIndex:
         self._caches: dict[str, _Cache] = {}
         self._slots: list[_Cache | None] = []
         self._free_slots: list[int] = []
+        self._last_generation = 0
         # Where the search for a block to give up goes on.
         self._eviction_slot = 0
 
@@ -80,6 +83,15 @@ class PrefixIndex:
         cache = self._caches.get(instance_id)
         return cache.block_count if cache is not None else 0
 
+    def generation(self, instance_id: str) -> int:
+        """Return a number that an instance's cache has had since it began empty, and no other; 0: unknown id.
+
+        What was pinned under another generation must not be released: the same
+        blocks may be pinned again by requests that came later.
+        """
+        cache = self._caches.get(instance_id)
+        return cache.generation if cache is not None else 0
+
     def add_instance(self, instance_id: str, capacity_block_count: int) -> None:
         """Begin with an empty cache; one that is known has restarted, and has lost everything.
 
@@ -90,7 +102,8 @@ class PrefixIndex:
         self.remove_instance(instance_id)
         # The lowest free slot keeps the masks short.
         slot = heapq.heappop(self._free_slots) if self._free_slots else len(self._slots)
-        cache = _Cache(instance_id, slot, capacity_block_count)
+        self._last_generation += 1
+        cache = _Cache(instance_id, self._last_generation, slot, capacity_block_count)
         if slot == len(self._slots):
             self._slots.append(cache)
         else:

@@ -6,11 +6,11 @@ import random
 
 from sagecp.core.choice import Choice, choose
 from sagecp.core.errors import SageError
-from sagecp.core.fair_line import ServiceBooks
 from sagecp.core.placement import CandidateRow, PlacementInputs
 from sagecp.core.policies.base import PolicyContext
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.router.registry import make_strategy
+from sagecp.core.service_books import ServiceBooks
 from sagecp.core.types import CandidateScore, SchedulingDecision
 
 # Candidates kept in a receipt. The choice does not depend on the others: each score

@@ -40,7 +40,9 @@ class RequestRecord:
         demoted: Its objective is out of reach: it runs when there is time to spare.
         waits_for: The busy instance that it waits for; ``""``: any.
         wait_until_s: Until when.
-        cost_s: Engine seconds that it was charged at its dispatch.
+        cost_s: Engine seconds that its running attempt will probably cost; 0 while none runs.
+        pinned_block_count: Leading blocks of its digest that its running attempt holds in the prefix index.
+        prefix_generation: Of the cache that it holds them in.
         predicted_ttft_s: At the present or last dispatch, from then on.
         predicted_tpot_s: Likewise.
     """
@@ -63,8 +65,10 @@ class RequestRecord:
         "machine",
         "metadata",
         "model",
+        "pinned_block_count",
         "predicted_tpot_s",
         "predicted_ttft_s",
+        "prefix_generation",
         "prompt_token_count",
         "queue_ticket",
         "sequence",
@@ -106,6 +110,8 @@ class RequestRecord:
         self.waits_for = ""
         self.wait_until_s = -math.inf
         self.cost_s = 0.0
+        self.pinned_block_count = 0
+        self.prefix_generation = 0
         self.predicted_ttft_s = 0.0
         self.predicted_tpot_s = 0.0
         # Set by the queue, 0 outside of it; lets it delete lazily.

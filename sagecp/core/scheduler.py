@@ -13,6 +13,7 @@ from typing import Any
 
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
+from sagecp.core.adaptation import AdaptationBook
 from sagecp.core.admission import Admission
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.deadlines import DeadlineHeap
@@ -25,14 +26,15 @@ from sagecp.core.errors import (
     RequestNotFoundError,
     SageError,
 )
-from sagecp.core.fair_line import ServiceBooks
 from sagecp.core.fleet import Fleet, InstanceRecord
 from sagecp.core.instance_lifecycle import InstanceLifecycle
+from sagecp.core.policies.adaptive import AdaptivePolicy
 from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.prediction.placement import predict
 from sagecp.core.prefix_index import PrefixIndex
 from sagecp.core.request import RequestRecord
 from sagecp.core.request_queue import RequestQueue
+from sagecp.core.service_books import ServiceBooks
 from sagecp.core.settings import SettingsHistory
 from sagecp.core.types import FailoverMode, RequestState, SchedulingDecision
 from sagecp.core.waiting_line import WaitingLine
@@ -63,10 +65,13 @@ class Scheduler:
             config.max_queued_request_count,
             config.max_queued_bytes,
         )
+        self.service_books = ServiceBooks()
         self._dispatcher = Dispatcher(
-            self.fleet, self.queue, self.prefixes, ServiceBooks(), random.Random(config.seed), self._start
+            self.fleet, self.queue, self.prefixes, self.service_books, random.Random(config.seed), self._start
         )
-        self._dispatcher.configure(self.settings.current)
+        self.adaptation = AdaptationBook()
+        self.adaptation.configure(self.settings.current.values, 0.0)
+        self._dispatcher.configure(self.settings.current, self.adaptation.verdict)
         self._admission = Admission(self.fleet, self.queue, self.prefixes, self.book, self._dispatcher)
         self._requests: dict[str, RequestRecord] = {}
         # Deadlines, and the longest wait of requests without one.
@@ -92,6 +97,7 @@ class Scheduler:
             ev.HealthProbed: self._instances.on_health_probed,
             ev.DrainRequested: self._instances.on_drain_requested,
             ev.SchedulingConfigured: self._on_scheduling_configured,
+            ev.PoliciesEvaluated: self._on_policies_evaluated,
             ev.ClockAdvanced: self._on_clock_advanced,
         }
 
@@ -120,7 +126,13 @@ class Scheduler:
         times_s = [self._deadlines.next_s(self._requests), self._instances.next_timer_s()]
         if len(self.queue):
             times_s.append(self.fleet.next_opening_s())
+        if self._adapts:
+            times_s.append(self.adaptation.next_timer_s())
         return min((time_s for time_s in times_s if time_s is not None), default=None)
+
+    @property
+    def _adapts(self) -> bool:
+        return self.settings.current.scheduling_policy == AdaptivePolicy.name
 
     @property
     def policy_in_force(self) -> str:
@@ -130,6 +142,11 @@ class Scheduler:
     def why_policy(self) -> str:
         """Return why the policy in force is in force."""
         return self._dispatcher.policy.why() or self.settings.current.comment
+
+    @property
+    def policy_since_s(self) -> float | None:
+        """When the adaptive policy chose the one in force, on the core's clock; ``None``: it did not."""
+        return self.adaptation.verdict.since_s if self._adapts else None
 
     # -- the one door ------------------------------------------------------------
 
@@ -148,6 +165,7 @@ class Scheduler:
         if len(self.queue):
             self._effects = effects
             self._dispatcher.dispatch(now)
+        self.fleet.drop_stale_openings()
         return effects
 
     # -- requests ----------------------------------------------------------------
@@ -162,8 +180,11 @@ class Scheduler:
             self.queue.check_room(record.size_bytes, self._retry_after_s())
             parameters = self.settings.current.values
             self._admission.estimate(record, parameters)
+            # Before it may be found infeasible: it is part of the demand, and its objectives are missed.
+            self.adaptation.note_arrival(record, now)
             self._admission.check(record, parameters, now)
         except SageError as error:
+            self.adaptation.arrivals.note_refused(metadata.request_id)
             effects.append(fx.RequestRejected(metadata.request_id, error))
             return
         self._arrival_sequence += 1
@@ -264,6 +285,7 @@ class Scheduler:
     ) -> None:
         """End a request; its attempt, if it is on an engine, is aborted unless it is over."""
         waited = record.queued
+        self.adaptation.arrivals.note_end(record, state, now, output_tokens)
         if waited:
             self.queue.remove(record)
         elif not attempt_over:
@@ -293,20 +315,27 @@ class Scheduler:
             instance.load.note_end(
                 record.request_id, produced / choices, now, learn=output_tokens is not None and choices == 1
             )
-        if record.digest.block_hashes:
-            self.prefixes.release(record.instance_id, record.digest.block_hashes)
+        if (
+            record.pinned_block_count
+            # A cache that began anew since holds the same blocks for other requests.
+            and self.prefixes.generation(record.instance_id) == record.prefix_generation
+        ):
+            held = record.digest.block_hashes[: record.pinned_block_count]
+            self.prefixes.release(record.instance_id, held)
+        record.pinned_block_count = 0
         released = self.fleet.release(record)
         if released is not None:
             self._dispatcher.settle_gate(released, now)
-        # Where nobody waits for the model there is no line, but accounts outlive lines.
-        line = self.queue.line(record.model) or self._new_line()
         used_s = record.cost_s
         if output_tokens is not None and record.expected_output_token_count > 0:
             decode_s = record.cost_s - record.work_s
             used_s = record.work_s + decode_s * output_tokens / record.expected_output_token_count
         elif not record.delivered:
             used_s = 0.0
-        line.note_settled(record, record.cost_s, used_s)
+        line = self.queue.line(record.model)
+        # The policy that charged it need not be in force any more.
+        if self.service_books.settle(record, used_s) and line is not None:
+            line.note_settled(record)
         record.cost_s = 0.0
         return released
 
@@ -392,7 +421,10 @@ class Scheduler:
         if capacity is not None:
             room = max(0.0, capacity - instance.load.produced_token_count(now))
             self.prefixes.resize(instance.instance_id, int(room) // record.digest.block_token_count)
-        self.prefixes.insert(instance.instance_id, record.digest.block_hashes, pinned=True)
+        record.prefix_generation = self.prefixes.generation(instance.instance_id)
+        record.pinned_block_count = self.prefixes.insert(
+            instance.instance_id, record.digest.block_hashes, pinned=True
+        )
 
     def _new_line(self) -> WaitingLine:
         return self._dispatcher.policy.new_line()
@@ -404,16 +436,34 @@ class Scheduler:
     ) -> None:
         # First: a bad name or value must leave everything as it is.
         settings = self.settings.apply(event.change, now)
-        self._dispatcher.configure(settings)
+        self.adaptation.configure(settings.values, now)
+        self._reconfigure(now)
+        effects.append(fx.SettingsChanged(settings))
+
+    def _reconfigure(self, now: float) -> None:
+        """Let the settings and the verdict in force order what waits."""
+        self._dispatcher.configure(self.settings.current, self.adaptation.verdict)
         self.queue.reorder(self._dispatcher.policy.new_line)
         for instance in self.fleet:
             self._dispatcher.settle_gate(instance, now)
-        effects.append(fx.SettingsChanged(settings))
+
+    def _on_policies_evaluated(
+        self, event: ev.PoliciesEvaluated, now: float, effects: list[fx.Effect]
+    ) -> None:
+        switch = self.adaptation.judge(event.evaluation_id, event.scores, now)
+        if switch is not None:
+            before, after = switch
+            self._reconfigure(now)
+            effects.append(fx.PolicySwitched(before.policy, after.policy, after.why))
 
     def _on_clock_advanced(self, event: ev.ClockAdvanced, now: float, effects: list[fx.Effect]) -> None:
         self._instances.advance(now, effects)
         for record in self._deadlines.pop_due(now, self._requests):
             self._expire(record, now, effects)
+        if self._adapts:
+            replay = self.adaptation.ask(self.settings.current, self.fleet, now)
+            if replay is not None:
+                effects.append(fx.EvaluatePolicies(replay))
 
     def _watch(self, record: RequestRecord, now: float) -> None:
         """Make sure that a request which enters the queue does not wait for ever."""

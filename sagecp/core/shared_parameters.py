@@ -7,13 +7,13 @@ from sagecp.core.parameters import Parameter
 SHARED_PARAMETERS = (
     Parameter(
         "dispatch.prefill_window_s",
-        0.25,
+        0.1,
         0.0,
         3600.0,
         "An engine gets more work when less prefill than this is before it. Large: engines queue.",
     ),
     Parameter(
-        "dispatch.patience", 0.05, 0.0, 10.0, "Loss for which a busy better instance is not waited for."
+        "dispatch.patience", 0.1, 0.0, 10.0, "Loss for which a busy better instance is not waited for."
     ),
     Parameter("objectives.ttft_base_s", 1.0, 0.001, 3600.0, "TTFT objective of requests that state none."),
     Parameter("objectives.ttft_per_1000_tokens_s", 0.25, 0.0, 3600.0, "Added to it per 1,000 prompt tokens."),

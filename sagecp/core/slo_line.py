@@ -58,7 +58,9 @@ class SloLine(WaitingLine):
         best_effort = self._best_effort.head()
         if best_effort is None:
             return self._main
-        if self._main.head() is None or self._credit_s >= best_effort[3].work_s:
+        # Nobody can save up more than the limit: that must buy the longest prompt, too.
+        price_s = min(_CREDIT_LIMIT_S, best_effort[3].work_s)
+        if self._main.head() is None or self._credit_s >= price_s:
             return self._best_effort
         return self._main
 

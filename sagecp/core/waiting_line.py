@@ -131,9 +131,9 @@ class WaitingLine(ABC):
         """
         del record, cost_s
 
-    def note_settled(self, record: RequestRecord, predicted_cost_s: float, actual_cost_s: float) -> None:
-        """Charge or refund what a request cost more or less than was predicted."""
-        del record, predicted_cost_s, actual_cost_s
+    def note_settled(self, record: RequestRecord) -> None:
+        """Take notice that the account of a request's tenant was corrected."""
+        del record
 
 
 class KeyedLine(WaitingLine):

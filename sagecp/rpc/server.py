@@ -23,11 +23,13 @@ from sagecp.core.errors import SageError
 from sagecp.rpc.interceptors.access_log import AccessLog
 from sagecp.rpc.interceptors.call import CallInterceptor, CallObserver
 from sagecp.rpc.interceptors.metrics import RpcMetrics
+from sagecp.rpc.policy_metrics import PolicyCollector
 from sagecp.rpc.prediction_metrics import PredictionCollector
 from sagecp.rpc.servicers.admin import AdminServicer
 from sagecp.rpc.servicers.fleet import FleetServicer
 from sagecp.rpc.servicers.inference import InferenceServicer
 from sagecp.runtime.manager import ControlPlaneManager
+from sagecp.runtime.policy_evaluation import PolicyEvaluator
 from sagecp.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -89,12 +91,21 @@ class ControlPlaneServer:
     Args:
         config: Validated configuration.
         manager: The control plane to serve; default: one made from ``config``.
+        policy_evaluator: For that one: replays the past for the ``adaptive`` policy.
     """
 
-    def __init__(self, config: ServerConfig, manager: ControlPlaneManager | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        manager: ControlPlaneManager | None = None,
+        policy_evaluator: PolicyEvaluator | None = None,
+    ) -> None:
         self.config = config
         self.manager = manager or ControlPlaneManager(
-            scheduler=config.scheduler, runtime=config.runtime, engine=config.engine
+            scheduler=config.scheduler,
+            runtime=config.runtime,
+            engine=config.engine,
+            policy_evaluator=policy_evaluator,
         )
         self.registry = CollectorRegistry()
         self.port = 0
@@ -117,6 +128,7 @@ class ControlPlaneServer:
         """
         observers: list[CallObserver] = [AccessLog(), RpcMetrics(self.registry)]
         self.registry.register(PredictionCollector(self.manager.prediction_accuracy))
+        self.registry.register(PolicyCollector(self.manager.scheduler))
         server = grpc.aio.server(
             interceptors=[CallInterceptor(observers)],
             options=channel_options(self.config),
@@ -239,7 +251,11 @@ def _check_pem(tls: TlsConfig) -> None:
             ) from error
 
 
-async def run_server(config: ServerConfig, ready: asyncio.Future[ControlPlaneServer] | None = None) -> int:
+async def run_server(
+    config: ServerConfig,
+    ready: asyncio.Future[ControlPlaneServer] | None = None,
+    policy_evaluator: PolicyEvaluator | None = None,
+) -> int:
     """Serve until SIGTERM or SIGINT, then drain and return the exit code.
 
     A second signal ends the drain at once.
@@ -247,12 +263,13 @@ async def run_server(config: ServerConfig, ready: asyncio.Future[ControlPlaneSer
     Args:
         config: The configuration.
         ready: Gets the server once it answers.
+        policy_evaluator: Replays the past for the ``adaptive`` policy.
 
     Raises:
         ConfigError: The configuration is not usable.
         ListenError: The server cannot listen where it was told to.
     """
-    server = ControlPlaneServer(config.validate())
+    server = ControlPlaneServer(config.validate(), policy_evaluator=policy_evaluator)
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
     insisted = asyncio.Event()

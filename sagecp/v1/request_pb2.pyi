@@ -1010,7 +1010,7 @@ class Request(_message.Message):
     """
     queue_position: _builtins.int
     """Number of requests ahead in the queue of its model, from 0. Absent when it
-    does not wait.
+    does not wait, or the queue is too long to count.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

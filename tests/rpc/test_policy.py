@@ -472,7 +472,7 @@ async def test_the_commands(rig: Rig) -> None:
     assert "all at their defaults" in shown.stdout
     result = await sagecp(
         rig, "policy", "set", "priority", "--routing", "locality", "--load-balancer", "least_connections",
-        "--set", "priority.boost_high_s=60", "--set", "dispatch.patience=.1",
+        "--set", "priority.boost_high_s=60", "--set", "dispatch.patience=.3",
         "--comment", "ann: try", "--if-version", "1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

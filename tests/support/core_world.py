@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
@@ -12,12 +14,13 @@ from sagecp.core.config import SchedulerConfig
 from sagecp.core.errors import ErrorReason, Failure
 from sagecp.core.fleet import InstanceRecord
 from sagecp.core.instance_load import InstanceLoad
+from sagecp.core.policy_replay import PolicyReplay, PolicyScore
 from sagecp.core.prediction.book import InstanceKind, PredictionBook
 from sagecp.core.prediction.step_time import StepTimeParameters
 from sagecp.core.request import RequestRecord
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.settings import SettingsChange
-from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, RequestMetadata
+from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, RequestMetadata, RequestState
 
 LOST_CONNECTION = Failure(ErrorReason.ENGINE_UNREACHABLE, "nobody listens")
 ENGINE_FAILED = Failure(ErrorReason.ENGINE_FAILED, "the engine failed")
@@ -139,6 +142,10 @@ def line(effect: fx.Effect) -> str:
             return f"remove {instance_id}"
         case fx.SettingsChanged(settings):
             return f"settings {settings.version}"
+        case fx.EvaluatePolicies(replay):
+            return f"evaluate {replay.evaluation_id}"
+        case fx.PolicySwitched(previous, policy):
+            return f"switch {previous}>{policy}"
 
 
 def full_text(effect: fx.Effect) -> str:
@@ -189,6 +196,96 @@ class World:
 
     def instance(self, instance_id: str) -> InstanceRecord:
         return self.scheduler.fleet.get(instance_id)
+
+
+class Dispatch(NamedTuple):
+    """A dispatch as it was when it happened.
+
+    Attributes:
+        cost_s: Engine seconds that it will probably cost.
+    """
+
+    time_s: float
+    record: RequestRecord
+    instance_id: str
+    cost_s: float
+
+
+class Traffic:
+    """Arrivals and simple engines for a world: they prefill one prompt at a time, and decode without limit.
+
+    Args:
+        world: The instances are registered in it already.
+        token_s: Between output tokens.
+
+    Attributes:
+        dispatches: In order.
+        end_states: How requests ended, by id.
+        favourite: The policy that replays find the best; ``""``: they are not made.
+        log: Every event that the world was told, and when.
+    """
+
+    def __init__(self, world: World, token_s: float = 0.011) -> None:
+        self.world = world
+        self.dispatches: list[Dispatch] = []
+        self.end_states: dict[str, RequestState] = {}
+        self.favourite = ""
+        self.log: list[tuple[ev.Event, float]] = []
+        self._token_s = token_s
+        self._free_s: dict[str, float] = {}
+        self._events: list[tuple[float, int, ev.Event]] = []
+        self._number = 0
+
+    def add(self, time_s: float, event: ev.Event) -> None:
+        """Let something happen at a time."""
+        self._number += 1
+        heapq.heappush(self._events, (time_s, self._number, event))
+
+    def run(self, until_s: float = math.inf) -> None:
+        """Let everything happen up to a time, or until nothing is left to happen."""
+        world = self.world
+        while self._events:
+            next_s, timer_s = self._events[0][0], world.scheduler.next_timer_s()
+            if timer_s is not None and timer_s < next_s:
+                event: ev.Event = ev.ClockAdvanced()
+                next_s = max(world.now, timer_s)
+                if next_s > until_s:
+                    return
+            elif next_s > until_s:
+                return
+            else:
+                event = heapq.heappop(self._events)[2]
+            world.now = next_s
+            self.log.append((event, next_s))
+            for effect in world.effects(event):
+                if isinstance(effect, fx.DispatchAttempt):
+                    self._begin(effect.record, effect.epoch, effect.instance_id)
+                elif isinstance(effect, fx.RequestEnded):
+                    self.end_states[effect.record.request_id] = effect.state
+                elif isinstance(effect, fx.EvaluatePolicies) and self.favourite:
+                    self._evaluate(effect.replay)
+
+    def _evaluate(self, replay: PolicyReplay) -> None:
+        scores = tuple(
+            PolicyScore(
+                policy=policy,
+                attainment=0.9 if policy == self.favourite else 0.5,
+                token_weighted_attainment=0.5,
+            )
+            for policy in replay.candidates
+        )
+        self.add(self.world.now + 1.0, ev.PoliciesEvaluated(replay.evaluation_id, scores))
+
+    def _begin(self, record: RequestRecord, epoch: int, instance_id: str) -> None:
+        now, output_tokens = self.world.now, record.metadata.max_tokens or 1
+        self.dispatches.append(Dispatch(now, record, instance_id, record.cost_s))
+        start_s = max(now, self._free_s.get(instance_id, 0.0))
+        prompt = record.prompt_token_count
+        first_token_s = start_s + STEP_TIME.prefill_s(prompt, prompt, batch_tokens=2048)
+        self._free_s[instance_id] = first_token_s
+        self.add(first_token_s, ev.AttemptProgressed(record.request_id, epoch))
+        end_s = first_token_s + (output_tokens - 1) * self._token_s
+        self.add(end_s, ev.AttemptSucceeded(record.request_id, epoch, output_tokens))
 
 
 def dispatched_to(lines: Iterable[str]) -> list[str]:

@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from sagecp.config import EngineConfig, RuntimeConfig, ServerConfig
 from sagecp.core.config import SchedulerConfig
 from sagecp.rpc.server import ControlPlaneServer
+from sagecp.runtime.control_loop import EventListener
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.v1 import (
     admin_service_pb2_grpc,
@@ -149,6 +150,7 @@ async def running_rig(
     credentials: grpc.ChannelCredentials | None = None,
     engine: EngineConfig | None = None,
     scripted: bool = True,
+    on_event: EventListener | None = None,
     **config: Any,
 ) -> AsyncIterator[Rig]:
     """Run a server and yield it with a channel of its own to it.
@@ -168,6 +170,7 @@ async def running_rig(
         runtime=settings.runtime,
         engine=settings.engine,
         client_factory=fleet if scripted else None,
+        on_event=on_event,
     )
     server = ControlPlaneServer(settings.validate(), manager)
     await server.start()

@@ -280,6 +280,28 @@ def test_a_budget_below_the_cheapest_price_is_refused_with_the_figure() -> None:
     assert refusal(world, "less", prompt_digest=prompt(10_000), cost_budget=0.98 * cost_usd) is not None
 
 
+def test_a_budget_is_for_all_choices_together() -> None:
+    world = known_world(usd_per_gpu_hour=2.0)
+    prices, token_counts = [], []
+    for choice_count in (1, 2, 4):
+        sampling = SamplingParameters(n=choice_count)
+        error = refusal(world, sampling=sampling, cost_budget=1e-9)
+        assert error is not None
+        prices.append(float(error.metadata["predicted_cost_usd"]))
+        enough = 1.01 * prices[-1]
+        assert refusal(world, f"enough{choice_count}", sampling=sampling, cost_budget=enough) is None
+        token_counts.append(world.record(f"enough{choice_count}").expected_output_token_count)
+        world.feed(ev.RequestCancelled(f"enough{choice_count}"))
+    # The prompt is computed once; each answer is as long as the first, and no answer is free.
+    answer_usd = prices[1] - prices[0]
+    step_s = STEP_TIME.overhead_s + STEP_TIME.memory_base_s
+    assert token_counts == [token_counts[0], 2 * token_counts[0], 4 * token_counts[0]]
+    # Eight decodes share a step.
+    assert answer_usd > 2.0 / 3600.0 * token_counts[0] * step_s / 8
+    assert prices[2] - prices[1] == pytest.approx(2.0 * answer_usd, rel=1e-3)
+    assert prices[1] < 2.0 * prices[0]
+
+
 def test_a_budget_without_prices_is_no_reason() -> None:
     assert refusal(known_world(), cost_budget=1e-9) is None
 

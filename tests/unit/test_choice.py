@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sagecp.core.choice import Choice, choose
-from sagecp.core.fair_line import ServiceBooks
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
 from sagecp.core.policies.base import PolicyContext, SchedulingPolicy
 from sagecp.core.policies.fifo import FifoPolicy
 from sagecp.core.router.base import LoadBalancer, RoutingStrategy, ScorerContext
 from sagecp.core.router.registry import make_strategy
+from sagecp.core.service_books import ServiceBooks
 from sagecp.core.settings import PARAMETERS
 from tests.support.placement_rows import candidate_row, request_row
 

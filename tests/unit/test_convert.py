@@ -542,7 +542,6 @@ def candidate(instance_id: str, **changes: Any) -> CandidateRow:
         usd_per_hour=4.5,
         extra=0.5,
         step_time=step_time(),
-        young_decode_count=1,
     )
     return row._replace(**changes)
 
@@ -647,7 +646,6 @@ CANDIDATE_ROWS = st.builds(
     usd_per_hour=numbers(0.0, 1000.0),
     extra=numbers(0.0, 1.0),
     step_time=st.builds(step_time, numbers(0.001, 1000.0)),
-    young_decode_count=st.integers(0, 500),
 )
 REQUEST_ROWS = st.builds(
     RequestRow,

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from sagecp.core.fair_line import FairLine, LaneKey, ServiceBooks, tenant_of
+from sagecp.core.fair_line import FairLine
 from sagecp.core.request import RequestRecord
+from sagecp.core.service_books import LaneKey, ServiceBooks, tenant_of
 from sagecp.core.types import RequestPriority
 from tests.support.core_world import make_record
 
@@ -60,6 +61,10 @@ class Bench:
         self.line.note_dispatch(record, cost_s)
         self.served_s[tenant_of(record)] += cost_s
         return record
+
+    def settle(self, record: RequestRecord, actual_cost_s: float) -> None:
+        if self.books.settle(record, actual_cost_s):
+            self.line.note_settled(record)
 
     def serve_names(self, count: int, cost_s: float = 1.0) -> str:
         return "".join(tenant_of(self.serve(cost_s)) for _ in range(count))
@@ -251,7 +256,7 @@ def test_a_tenant_whose_answers_are_longer_than_predicted_pays_for_them() -> Non
         record = bench.serve(1.0)
         cost_s = 3.0 if tenant_of(record) == "long" else 1.0
         actual_s[tenant_of(record)] += cost_s
-        bench.line.note_settled(record, 1.0, cost_s)
+        bench.settle(record, cost_s)
     assert abs(actual_s["long"] - actual_s["short"]) <= 2 * 3.0
 
 
@@ -263,7 +268,7 @@ def test_a_refund_moves_a_waiting_tenant_forward_at_once() -> None:
     record = bench.serve(100.0)
     assert tenant_of(record) == "a"
     assert bench.serve_names(2) == "bb"
-    bench.line.note_settled(record, 100.0, 1.0)
+    bench.settle(record, 1.0)
     assert bench.serve_names(4) == "aaba"
 
 
@@ -278,17 +283,17 @@ def test_a_refund_for_what_was_before_is_no_credit_now() -> None:
     bench.account("a").standing_s = 200.0
     bench.add("a")
     assert bench.line.head(0.0) is not None
-    bench.line.note_settled(old, 100.0, 0.0)
+    bench.settle(old, 0.0)
     assert bench.account("a").standing_s == 150.0
 
 
-def test_settlement_through_another_line_with_the_same_books() -> None:
+def test_settlement_without_the_line_that_charged() -> None:
     bench = Bench()
     for _ in range(3):
         bench.add("a")
         bench.add("b")
     record = bench.serve(1.0)
-    bench.new_line().note_settled(record, 1.0, 2.5)
+    bench.books.settle(record, 2.5)
     assert bench.serve_names(4) == "bbba"
 
 
@@ -384,6 +389,19 @@ def test_the_position_of_a_newcomer_is_that_of_one_who_is_lifted() -> None:
     assert [bench.line.position(record, 0.0) for record in records] == [1, 3, 5]
     # Asking lifted nobody.
     assert bench.account("b").standing_s == 0.0
+
+
+def test_positions_are_exact_where_standings_are_not() -> None:
+    """Sums of tenths: the turn of a request must count as its own, whatever they round to."""
+    for number in range(1, 50):
+        bench = Bench()
+        bench.add("a", HIGH)
+        bench.add("b", HIGH)
+        bench.serve_names(2, cost_s=0.1 * number)
+        # Two tenants, so that each one's turn is compared with the other's.
+        high = [bench.add(tenant, HIGH) for _ in range(4) for tenant in "ab"]
+        normal = [bench.add("c") for _ in range(3)]
+        assert [bench.line.position(record, 0.0) for record in (*high, *normal)] == list(range(11))
 
 
 def test_position_where_requests_cost_nothing() -> None:
@@ -567,7 +585,7 @@ class FairLineMachine(RuleBasedStateMachine):
     def settle(self, choice: int, actual_s: float, comes_back: bool) -> None:
         if self.running:
             record, predicted_s = self.running.pop(choice % len(self.running))
-            self.bench.line.note_settled(record, predicted_s, actual_s)
+            self.bench.settle(record, actual_s)
             self.naive.charge(record, actual_s - predicted_s)
             if comes_back:
                 self.bench.push(record)
@@ -597,9 +615,10 @@ def test_dead_entries_do_not_pile_up() -> None:
         bench.add(tenant)
     for _ in range(5000):
         record = bench.add("a", arrival_s=5.0)
-        bench.line.note_settled(record, 0.001, 0.0005)
+        bench.line.note_dispatch(record, 0.001)
+        bench.settle(record, 0.0005)
         bench.drop(record)
     lane = bench.line._lanes[NORMAL]
     assert len(lane._order) <= 64
     assert len(lane.by_age._heap) <= 200
-    assert bench.serve_names(2) == "ab"
+    assert bench.serve_names(2) == "ba"

@@ -165,17 +165,6 @@ def test_what_is_left_is_what_the_others_hold_whatever_was_said_of_one() -> None
     assert load.context_token_count(0.2) == pytest.approx(held / 2)
 
 
-def test_a_young_decode_grows_up() -> None:
-    load = make_load()
-    load.note_dispatch("a", 100, 0, 0.0)
-    load.note_first_token("a", 0.1)
-    assert load.young_decode_count(0.1) == 1
-    load.note_dispatch("b", 100, 0, 5.0)
-    load.note_first_token("b", 5.1)
-    assert load.young_decode_count(5.1) == 1
-    assert load.young_decode_count(60.0) == 0
-
-
 # -- the share of prefill ------------------------------------------------------------------
 
 
@@ -201,7 +190,6 @@ def test_reading_changes_nothing() -> None:
         load.backlog_s(time_s)
         load.prefill_share(time_s)
         load.context_token_count(time_s)
-        load.young_decode_count(time_s)
     assert load.prefill_share(0.7) == same.prefill_share(0.7)
     assert load.context_token_count(0.7) == same.context_token_count(0.7)
     assert load.backlog_s(0.7) == same.backlog_s(0.7)

@@ -36,6 +36,7 @@ from sagecp.core.types import (
     RequestState,
     SamplingParameters,
 )
+from sagecp.runtime import manager as manager_module
 from sagecp.runtime.engines.base import (
     EngineFailedError,
     EngineOverloadedError,
@@ -924,3 +925,13 @@ async def test_many_requests_leave_nothing_behind() -> None:
         assert all(record.reserved_token_count == 0 for record in bench.manager.instances())
         with pytest.raises(RequestNotFoundError):
             await bench.state(statuses[0].request_id)
+
+
+async def test_nobody_counts_a_queue_that_is_too_long(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_module, "POSITION_QUEUE_LIMIT", 2)
+    await bench.add(limit=1)
+    for number in range(3):
+        await bench.submit(f"r{number}")
+    assert (await bench.manager.get_request_status("r2")).queue_position == 1
+    await bench.submit("r3")
+    assert (await bench.manager.get_request_status("r2")).queue_position is None

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from sagecp.core import events as ev
 from sagecp.core.choice import choose
-from sagecp.core.fair_line import ServiceBooks
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
 from sagecp.core.policies.adaptive import AdaptivePolicy
 from sagecp.core.policies.base import PolicyContext, SchedulingPolicy
@@ -21,6 +20,7 @@ from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.policies.slo_aware import SloAwarePolicy
 from sagecp.core.request import RequestRecord
 from sagecp.core.router.registry import make_strategy
+from sagecp.core.service_books import ServiceBooks
 from sagecp.core.settings import PARAMETERS
 from sagecp.core.types import RequestPriority
 from sagecp.core.waiting_line import WaitingLine

@@ -45,7 +45,7 @@ def test_the_loss_is_the_formula() -> None:
     missed = 0.5 * math.erfc(math.log(0.5 / ttft_s) / (0.5 * math.sqrt(2)))
     slow = 0.5 * math.erfc(math.log(0.02 / predicted.tpot_s) / (0.6 * math.sqrt(2)))
     assert BALANCER.score(request, row, DEFAULTS) == pytest.approx(
-        1 - (1 - missed) * (1 - slow) + 0.5 * predicted.work_s + 0.02 * ttft_s / 0.5
+        1 - (1 - missed) * (1 - slow) + 0.25 * predicted.work_s + 0.2 * ttft_s / 0.5
     )
 
 
@@ -88,7 +88,7 @@ def test_parameters_weigh_the_terms() -> None:
 def test_without_objectives_the_loss_is_the_work() -> None:
     endless = {"ttft_objective_s": math.inf, "tpot_objective_s": math.inf}
     work_s = predict(request_row(), candidate_row()).work_s
-    assert loss(endless, backlog_s=50.0) == pytest.approx(0.5 * work_s)
+    assert loss(endless, backlog_s=50.0) == pytest.approx(0.25 * work_s)
 
 
 def test_a_prompt_that_is_cached_as_a_whole_still_computes_a_token() -> None:

@@ -32,9 +32,10 @@ from sagecp.core.errors import (
     StaleIncarnationError,
     UnknownNameError,
 )
-from sagecp.core.fair_line import LaneKey
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.router.registry import LOAD_BALANCERS, ROUTING_STRATEGIES
+from sagecp.core.scheduler import Scheduler
+from sagecp.core.service_books import LaneKey
 from sagecp.core.types import (
     EngineCondition,
     FailoverMode,
@@ -47,6 +48,7 @@ from tests.support.core_world import (
     LOST_CONNECTION,
     REJECTED,
     STEP_TIME,
+    Traffic,
     World,
     arrive,
     beat,
@@ -921,6 +923,12 @@ LONG = 10_000  # Prompt tokens: a prefill of about 0.6 s, longer than the window
 WINDOW_S = 0.25
 
 
+def gated_world(policy: str) -> World:
+    """A world with parameters of its own, whatever the defaults are."""
+    parameters = {"dispatch.prefill_window_s": WINDOW_S, "dispatch.patience": 0.05}
+    return World(scheduling_policy=policy, default_concurrency_limit=16, parameters=parameters)
+
+
 def known(instance_id: str = "a", **fields: Any) -> ev.InstanceRegistered:
     """An instance whose speed is known."""
     return healthy(instance_id, step_time=STEP_TIME, **fields)
@@ -935,7 +943,7 @@ def prefill_s(token_count: int = LONG) -> float:
 
 
 def test_prefill_work_waits_here_and_not_in_the_engine() -> None:
-    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world = gated_world("fifo")
     assert dispatched(world.feed(known(), arrive("r1", prompt_digest=long_prompt()))) == ["r1"]
     assert world.feed(arrive("r2", prompt_digest=long_prompt())) == ["accept r2"]
     opens_s = prefill_s() - WINDOW_S
@@ -944,15 +952,31 @@ def test_prefill_work_waits_here_and_not_in_the_engine() -> None:
     assert world.wait(0.011) == ["dispatch r2#1 a"]
 
 
+@pytest.mark.parametrize("window_s", [0.05, 0.1, 0.2, 0.3])
+@pytest.mark.parametrize("start_s", [0.0, 1e7, 1.7e9])
+def test_a_gate_opens_by_its_timer_however_coarse_the_clock(start_s: float, window_s: float) -> None:
+    world = World(scheduling_policy="fifo", parameters={"dispatch.prefill_window_s": window_s})
+    world.now = start_s
+    world.feed(known(), arrive("r1", prompt_digest=long_prompt()), arrive("r2", prompt_digest=long_prompt()))
+    for _ in range(3):
+        timer_s = world.scheduler.next_timer_s()
+        assert timer_s is not None
+        assert timer_s > world.now
+        if world.wait(timer_s - world.now):
+            break
+    assert not world.record("r2").queued
+    assert world.now == pytest.approx(start_s + prefill_s() - window_s, rel=0.0, abs=1e-5)
+
+
 def test_a_first_token_that_comes_early_opens_the_gate() -> None:
-    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world = gated_world("fifo")
     world.feed(known(), arrive("r1", prompt_digest=long_prompt()), arrive("r2", prompt_digest=long_prompt()))
     world.now = 0.1
     assert world.feed(progressed("r1")) == ["dispatch r2#1 a"]
 
 
 def test_an_engine_that_is_late_is_not_fed_at_its_old_pace() -> None:
-    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world = gated_world("fifo")
     world.feed(
         known(), arrive("r1", prompt_digest=long_prompt()), arrive("r2", prompt_digest=long_prompt(100))
     )
@@ -965,14 +989,14 @@ def test_an_engine_that_is_late_is_not_fed_at_its_old_pace() -> None:
 
 
 def test_an_engine_of_unknown_speed_has_no_gate() -> None:
-    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world = gated_world("fifo")
     world.feed(healthy("a"))
     for number in range(5):
         assert dispatched(world.feed(arrive(f"r{number}", prompt_digest=long_prompt()))) == [f"r{number}"]
 
 
 def test_a_wide_window_lets_engines_queue() -> None:
-    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world = gated_world("fifo")
     world.feed(known(), arrive("r1", prompt_digest=long_prompt()), arrive("r2", prompt_digest=long_prompt()))
     lines = world.feed(configure(parameters={"dispatch.prefill_window_s": 3600.0}))
     assert lines == ["settings 2", "dispatch r2#1 a"]
@@ -983,7 +1007,7 @@ def test_a_patient_policy_waits_for_a_better_instance_that_is_busy() -> None:
     blocks = tuple(range(LONG // 256))
     arrivals = {}
     for policy in ("slo_aware", "priority"):
-        world = World(scheduling_policy=policy, default_concurrency_limit=16)
+        world = gated_world(policy)
         world.feed(known("a"), arrive("r1", prompt_digest=long_prompt(LONG, *blocks)))
         world.now = 1.0
         world.feed(progressed("r1"), succeeded("r1"), arrive("r2", prompt_digest=long_prompt(LONG // 2)))
@@ -1001,7 +1025,7 @@ def test_a_patient_policy_waits_for_a_better_instance_that_is_busy() -> None:
 
 def test_who_waits_for_an_instance_that_leaves_goes_elsewhere_at_once() -> None:
     blocks = tuple(range(LONG // 256))
-    world = World(scheduling_policy="slo_aware", default_concurrency_limit=16)
+    world = gated_world("slo_aware")
     world.feed(known("a"), arrive("r1", prompt_digest=long_prompt(LONG, *blocks)))
     world.now = 1.0
     world.feed(progressed("r1"), succeeded("r1"), arrive("r2", prompt_digest=long_prompt(LONG // 2)))
@@ -1025,7 +1049,7 @@ def test_a_prompt_goes_where_its_start_is_cached_until_that_engine_restarts() ->
         world.feed(progressed(request_id), succeeded(request_id))
         return instance_id
 
-    world = World(scheduling_policy="fifo", default_concurrency_limit=16)
+    world = gated_world("fifo")
     world.feed(*(known(name, key_value_token_capacity=100_000) for name in "abc"))
     assert [place(world, f"r{n}") for n in range(4)] == ["a"] * 4
     receipt = world.effects(arrive("asked", prompt_digest=long_prompt(2100, *blocks)))[-1]
@@ -1038,6 +1062,40 @@ def test_a_prompt_goes_where_its_start_is_cached_until_that_engine_restarts() ->
     assert place(world, "after") == "b"
 
 
+def test_late_news_of_an_engines_predecessor_does_not_free_what_the_new_one_holds() -> None:
+    """Both ran the same prompt; the cache of the first is gone, and so is its claim on the blocks."""
+    blocks = tuple(range(8))
+    world = gated_world("fifo")
+    pinned: dict[str, list[int]] = {}
+    for how in ("registers anew", "counts anew"):
+        restart: list[ev.Event] = (
+            [known("a", incarnation=1)]
+            if how == "registers anew"
+            else [beat("a", 1, prompt_token_count=5000), beat("a", 1, prompt_token_count=10)]
+        )
+        world.feed(known("a", incarnation=1))
+        world.feed(arrive("old", prompt_digest=long_prompt(2100, *blocks)), progressed("old"))
+        world.feed(*restart, arrive("new", prompt_digest=long_prompt(2100, *blocks)))
+        assert world.record("new").instance_id == "a"
+        world.feed(fail("old", retryable=False))
+        # All that fits is needed for what runs: only its blocks may stay.
+        world.scheduler.prefixes.resize("a", 0)
+        pinned[how] = [world.scheduler.prefixes.match_one("a", blocks)]
+        world.feed(progressed("new"), succeeded("new"))
+        world.scheduler.prefixes.resize("a", 0)
+        pinned[how].append(world.scheduler.prefixes.match_one("a", blocks))
+    assert pinned == {"registers anew": [8, 0], "counts anew": [8, 0]}
+
+
+def test_an_engine_that_restarted_gets_work_at_once() -> None:
+    """Its gate was closed for prefill that it has lost."""
+    world = gated_world("fifo")
+    world.feed(known(), beat("a", 0, prompt_token_count=5000))
+    world.feed(arrive("r1", prompt_digest=long_prompt()), arrive("r2", prompt_digest=long_prompt()))
+    assert world.record("r2").queued
+    assert world.feed(beat("a", 0, prompt_token_count=10)) == ["dispatch r2#1 a"]
+
+
 # -- accounts --------------------------------------------------------------------------
 
 
@@ -1045,7 +1103,7 @@ def test_a_tenant_is_charged_for_what_never_waited() -> None:
     """The line is gone with its last request; what it cost is remembered."""
     world = World(scheduling_policy="priority", default_concurrency_limit=1)
     world.feed(known())
-    account = world.scheduler._dispatcher._books.account(LaneKey("m", RequestPriority.NORMAL), "large")
+    account = world.scheduler.service_books.account(LaneKey("m", RequestPriority.NORMAL), "large")
     for number in range(3):
         before_s = account.standing_s
         world.feed(arrive(f"r{number}", tenant_id="large", prompt_digest=long_prompt()))
@@ -1060,11 +1118,44 @@ def test_a_tenant_is_charged_for_what_never_waited() -> None:
 def test_what_was_charged_and_never_delivered_is_given_back() -> None:
     world = World(scheduling_policy="priority", default_concurrency_limit=4)
     world.feed(known(), arrive("r1", tenant_id="t", prompt_digest=long_prompt()))
-    account = world.scheduler._dispatcher._books.account(LaneKey("m", RequestPriority.NORMAL), "t")
+    account = world.scheduler.service_books.account(LaneKey("m", RequestPriority.NORMAL), "t")
     assert account.standing_s == pytest.approx(world.record("r1").cost_s)
     assert account.running_count == 1
     world.feed(ev.RequestCancelled("r1"))
     assert (account.standing_s, account.running_count) == (0.0, 0)
+
+
+def test_a_change_of_weights_between_dispatch_and_end_leaves_no_debt() -> None:
+    world = World(scheduling_policy="priority", parameters={"priority.weight.t": 0.25})
+    world.feed(known(), arrive("r1", tenant_id="t", prompt_digest=long_prompt()))
+    account = world.scheduler.service_books.account(LaneKey("m", RequestPriority.NORMAL), "t")
+    assert account.standing_s == pytest.approx(world.record("r1").cost_s / 0.25)
+    world.feed(configure(parameters={"priority.weight.t": 8.0}), ev.RequestCancelled("r1"))
+    assert account.standing_s == pytest.approx(0.0)
+    assert account.running_count == 0
+
+
+@pytest.mark.parametrize("policy", ["fifo", "slo_aware", "cost_optimized"])
+def test_what_one_policy_charged_is_settled_under_another(policy: str) -> None:
+    world = World(scheduling_policy="priority")
+    world.feed(known(), arrive("r1", tenant_id="t", prompt_digest=long_prompt()))
+    account = world.scheduler.service_books.account(LaneKey("m", RequestPriority.NORMAL), "t")
+    assert account.running_count == 1
+    world.feed(configure(policy), ev.RequestCancelled("r1"))
+    assert (account.standing_s, account.running_count) == (0.0, 0)
+
+
+@pytest.mark.parametrize("policy", ["fifo", "slo_aware", "cost_optimized"])
+def test_what_nobody_charged_is_not_given_back(policy: str) -> None:
+    world = World(scheduling_policy="priority")
+    world.feed(known(), arrive("r1", tenant_id="t", prompt_digest=long_prompt()))
+    account = world.scheduler.service_books.account(LaneKey("m", RequestPriority.NORMAL), "t")
+    charged_s = account.standing_s
+    world.feed(configure(policy), arrive("r2", tenant_id="t", prompt_digest=long_prompt(100)))
+    world.wait(prefill_s())
+    assert not world.record("r2").queued
+    world.feed(configure("priority"), ev.RequestCancelled("r2"))
+    assert (account.standing_s, account.running_count) == (charged_s, 1)
 
 
 # -- predictions -----------------------------------------------------------------------
@@ -1097,8 +1188,14 @@ def test_an_infeasible_deadline_is_refused_at_once() -> None:
 
 def test_settings_are_versions_that_can_be_gone_back_to() -> None:
     world = World(scheduling_policy="fifo")
+    default_patience = world.scheduler.settings.current.values["dispatch.patience"]
     world.feed(
-        configure("slo_aware", parameters={"dispatch.patience": 0.2}, comment="try it", expected_version=1),
+        configure(
+            "slo_aware",
+            parameters={"dispatch.patience": default_patience + 0.2},
+            comment="try it",
+            expected_version=1,
+        ),
         configure(routing_strategy="affinity", load_balancer="least_connections"),
     )
     scheduler = world.scheduler
@@ -1108,7 +1205,7 @@ def test_settings_are_versions_that_can_be_gone_back_to() -> None:
     assert world.feed(configure(revert_to_version=1)) == ["settings 4"]
     current = scheduler.settings.current
     assert (current.scheduling_policy, current.routing_strategy) == ("fifo", "load_balanced")
-    assert current.values["dispatch.patience"] == 0.05
+    assert current.values["dispatch.patience"] == default_patience
     assert (current.update_s, current.comment) == (9.0, "back to version 1")
     assert scheduler.policy_in_force == "fifo"
     assert scheduler.why_policy() == "back to version 1"
@@ -1244,6 +1341,33 @@ def test_the_same_log_leads_to_the_same_effects(seed: int) -> None:
     assert replay(log) == first
     assert sum(text.startswith("DispatchAttempt") for text in first) > 200
     assert replay(log, seed=99) != first
+
+
+def test_looking_at_the_next_timer_changes_nothing() -> None:
+    """Whoever replays a log need not look when the one who wrote it did."""
+    world = World(
+        scheduling_policy="slo_aware",
+        parameters={"dispatch.patience": 10.0, "dispatch.prefill_window_s": 0.05},
+    )
+    instances: list[ev.Event] = [known(f"i{number}", limit=3) for number in range(6)]
+    world.feed(*instances)
+    traffic = Traffic(world)
+    draw = random.Random(1)
+    for number in range(300):
+        # Cached here and there, so that waiting for a better instance pays.
+        blocks = tuple(range(draw.randrange(30)))
+        digest = PromptDigest(draw.choice([500, 8000]), blocks, 256)
+        traffic.add(draw.random() * 25.0, arrive(f"r{number}", prompt_digest=digest, max_tokens=20))
+    traffic.run()
+    runs: list[list[str]] = []
+    for looks in (True, False):
+        scheduler = Scheduler(world.scheduler.config)
+        runs.append([])
+        for event, now in [*((event, 0.0) for event in instances), *traffic.log]:
+            runs[-1] += map(full_text, scheduler.handle(event, now))
+            if looks:
+                scheduler.next_timer_s()
+    assert runs[0] == runs[1]
 
 
 def test_news_is_looked_at_in_the_order_of_arrival_within_one_moment() -> None:

@@ -8,9 +8,11 @@ which must do exactly the same.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,11 +30,13 @@ from sagecp.core.errors import ErrorReason, Failure, InfeasibleError, SageError
 from sagecp.core.fair_line import FairLine
 from sagecp.core.fleet import KEY_VALUE_USAGE_LIMIT, InstanceRecord
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
+from sagecp.core.policy_replay import PolicyScore
 from sagecp.core.prediction.step_time import StepTimeParameters
-from sagecp.core.receipts import run_again
+from sagecp.core.receipts import RECEIPT_CANDIDATE_LIMIT, run_again
 from sagecp.core.request import RequestRecord
 from sagecp.core.router.registry import LOAD_BALANCERS, ROUTING_STRATEGIES
 from sagecp.core.scheduler import Scheduler
+from sagecp.core.service_books import LaneKey, lane_key, tenant_of
 from sagecp.core.settings import SettingsChange
 from sagecp.core.slo_line import SloLine
 from sagecp.core.states import INSTANCE_TRANSITIONS
@@ -45,6 +49,7 @@ from sagecp.core.types import (
     RequestMetadata,
     RequestPriority,
     RequestState,
+    SamplingParameters,
 )
 from sagecp.core.waiting_line import KeyedLine, WaitingLine
 from tests.support.core_world import (
@@ -90,6 +95,7 @@ REQUEST_CHOICES: dict[str, list[Any]] = {
     "user_id": ["", "ann", "bob"],
     "session_id": ["", "", "talk"],
     "max_tokens": [16, 16, 16, None],
+    "choice_count": [1, 1, 1, 3],
 }
 SETTINGS_CHOICES: dict[str, list[Any]] = {
     "scheduling_policy": ["", *SCHEDULING_POLICIES.names * 3, "no-such-policy"],
@@ -127,6 +133,8 @@ QUEUE_TIMEOUT_S = 20.0
 LEASE_S = 6.0
 RETENTION_S = 15.0
 MAX_ATTEMPTS = 3
+# In ten seconds: a gate whose engine is late opens after twice the time, again and again.
+MOST_WAKE_UPS = 300
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,9 @@ class Live:
     record: RequestRecord
     wait_since_s: float
     running_on: str = ""
+    # Counts the engines that had the instance's name: this one's was the present.
+    engine_number: int = 0
+    charged: bool = False
     epoch: int = 0
     delivered: bool = False
     lost_on: set[str] = field(default_factory=set)
@@ -217,6 +228,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         queue_limit=st.sampled_from([100, 100, 3]),
         byte_limit=st.sampled_from([1 << 20, 1 << 20, 900]),
         fleet=st.lists(st.tuples(INSTANCE, CONDITION), min_size=1, max_size=3),
+        start_s=st.sampled_from([0.0, 1e7, 1.7e9]),
     )
     def begin(
         self,
@@ -226,6 +238,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         queue_limit: int,
         byte_limit: int,
         fleet: list[tuple[dict[str, Any], EngineCondition]],
+        start_s: float,
     ) -> None:
         self.config = SchedulerConfig(
             scheduling_policy=policy,
@@ -241,13 +254,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             lost_retention_s=RETENTION_S,
         )
         self.scheduler = Scheduler(self.config)
-        self.now = 0.0
+        # Large times are coarse: a host that has been up for long, or seconds since 1970.
+        self.now = start_s
         self.log: list[tuple[ev.Event, float]] = []
         self.texts: list[str] = []
         self.live: dict[str, Live] = {}
         self.accepted_count = self.ended_count = 0
         self.states: dict[str, InstanceState] = {}
         self.lost_since: dict[str, float] = {}
+        self.engine_numbers: Counter[str] = Counter()
+        self.asked_evaluation_id = 0
         self.leases: dict[str, float] = {}
         self.version = 1
         for instance_id, (kind, condition) in zip(INSTANCE_IDS, fleet, strict=False):
@@ -258,17 +274,30 @@ class SchedulerMachine(RuleBasedStateMachine):
     def feed(self, event: ev.Event) -> list[fx.Effect]:
         self.log.append((event, self.now))
         before = self.snapshot()
+        restarts = isinstance(event, ev.HeartbeatReceived) and self.tells_of_restart(event)
         try:
             effects = self.scheduler.handle(event, self.now)
         except SageError as error:
             self.texts.append(f"{type(error).__name__}: {error}")
             assert self.snapshot() == before, "an event that was refused changed something"
             return []
+        if restarts and isinstance(event, ev.HeartbeatReceived):
+            self.engine_numbers[event.instance_id] += 1
         # Records change later: say now what they are now.
         self.texts.extend(map(full_text, effects))
         for position, effect in enumerate(effects):
             self.book(effect, event, effects[:position])
         return effects
+
+    def tells_of_restart(self, event: ev.HeartbeatReceived) -> bool:
+        """Whether a counter that runs from the engine's start went back."""
+        instance = self.scheduler.fleet.find(event.instance_id)
+        counts = [
+            gauges.prompt_token_count
+            for gauges in (instance.gauges if instance else None, event.gauges)
+            if gauges is not None and gauges.prompt_token_count is not None
+        ]
+        return len(counts) == 2 and counts[1] < counts[0]
 
     def snapshot(self) -> object:
         scheduler = self.scheduler
@@ -317,6 +346,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             case fx.InstanceChanged(instance_id, state, previous):
                 if previous is None:
                     assert isinstance(event, ev.InstanceRegistered)
+                    self.engine_numbers[instance_id] += 1
                 else:
                     assert self.states[instance_id] is previous
                     assert state in INSTANCE_TRANSITIONS[previous]
@@ -336,6 +366,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert changed is self.scheduler.settings.current
                 self.version += 1
                 assert changed.version == self.version
+            case fx.EvaluatePolicies(replay):
+                assert self.scheduler.settings.current.scheduling_policy == "adaptive"
+                assert self.scheduler.policy_in_force in replay.candidates
+                assert replay.evaluation_id > self.asked_evaluation_id
+                self.asked_evaluation_id = replay.evaluation_id
+            case fx.PolicySwitched(previous_policy, policy, why):
+                assert isinstance(event, ev.PoliciesEvaluated)
+                assert previous_policy != policy
+                assert self.scheduler.policy_in_force == policy
+                assert self.scheduler.why_policy() == why
 
     def book_refusal(self, metadata: RequestMetadata, error: SageError) -> None:
         assert isinstance(error, InfeasibleError)
@@ -355,6 +395,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not live.running_on, "dispatched twice at once"
         assert epoch == live.epoch + 1
         live.running_on, live.epoch, live.delivered = instance_id, epoch, False
+        live.engine_number = self.engine_numbers[instance_id]
+        live.charged = effect.decision.policy_in_force == "priority"
         instance = self.scheduler.fleet.get(instance_id)
         assert instance.state is InstanceState.READY
         assert record.model in instance.spec.served_models
@@ -377,7 +419,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert decision.inputs is not None
         [row] = [row for row in decision.inputs.candidates if row.instance_id == instance_id]
         assert row.is_open
-        assert decision.candidate_count == sum(row.is_open for row in decision.inputs.candidates)
+        open_count = sum(row.is_open for row in decision.inputs.candidates)
+        if len(decision.inputs.candidates) < RECEIPT_CANDIDATE_LIMIT:
+            assert decision.candidate_count == open_count
+        else:
+            assert decision.candidate_count >= open_count
         assert decision.config_version == self.version
         assert record.decisions[-1] is decision
         assert len(record.decisions) == epoch
@@ -423,6 +469,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         model = pick([*self.scheduler.fleet.models() * 3, "", "unknown"], model_choice)
         fields = dict(fields)
         size, digested = fields.pop("prompt")
+        fields["sampling"] = SamplingParameters(n=fields.pop("choice_count"))
         if digested:
             fields["prompt_digest"] = PromptDigest(size, blocks_of(size, choice), 16)
         for _ in range(count):
@@ -567,6 +614,31 @@ class SchedulerMachine(RuleBasedStateMachine):
         if incarnation in {0, instance.incarnation}:
             self.leases[instance.instance_id] = self.now + LEASE_S
 
+    @precondition(lambda self: self.running())
+    @rule(choice=CHOICE, counts_anew=st.booleans(), count=st.integers(0, 2))
+    def engine_restarts(self, choice: int, counts_anew: bool, count: int) -> None:
+        """An engine restarts under what runs on it, and gets the same prompts again."""
+        old = self.live[pick(self.running(), choice)]
+        instance = self.scheduler.fleet.find(old.running_on)
+        if instance is None or instance.state is InstanceState.LOST:
+            return
+        if counts_anew:
+            for counter in (1000, 0):
+                gauges = EngineGauges(prompt_token_count=counter)
+                self.feed(
+                    ev.HeartbeatReceived(
+                        instance.instance_id, instance.incarnation, EngineCondition.HEALTHY, gauges=gauges
+                    )
+                )
+            self.leases[instance.instance_id] = self.now + LEASE_S
+        else:
+            incarnation = instance.incarnation + 1
+            self.feed(ev.InstanceRegistered(instance.spec, incarnation, EngineCondition.HEALTHY))
+            self.leases[instance.instance_id] = self.now + LEASE_S
+        for request_id in [each for each in REQUEST_IDS if each not in self.live][:count]:
+            metadata = dataclasses.replace(old.record.metadata, request_id=request_id)
+            self.feed(ev.RequestArrived(metadata))
+
     @rule(instance_id=st.sampled_from(INSTANCE_IDS), what=st.one_of(CONDITION, st.booleans()))
     def probe_or_drain(self, instance_id: str, what: EngineCondition | bool) -> None:
         if isinstance(what, EngineCondition):
@@ -585,6 +657,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         names = (fields["scheduling_policy"], fields["routing_strategy"], fields["load_balancer"])
         if any(name.startswith("no-such") for name in names) and not fields["revert_to_version"]:
             assert not effects
+
+    @rule(offset=st.sampled_from([0, 0, 0, -1, 1]), favourite=st.sampled_from(SCHEDULING_POLICIES.names))
+    def policies_are_evaluated(self, offset: int, favourite: str) -> None:
+        """Scores come in, of the last replay or of another, asked for or not."""
+        before = self.scheduler.policy_in_force
+        scores = tuple(
+            PolicyScore(
+                policy=name,
+                attainment=0.9 if name == favourite else 0.5,
+                token_weighted_attainment=0.5,
+                usd_per_good=0.01,
+            )
+            for name in SCHEDULING_POLICIES.names
+            if name != "adaptive"
+        )
+        self.feed(ev.PoliciesEvaluated(self.asked_evaluation_id + offset, scores))
+        if offset or self.scheduler.settings.current.scheduling_policy != "adaptive":
+            assert self.scheduler.policy_in_force == before
 
     @rule(
         jump_s=st.sampled_from([0.001, 0.1, 0.5, 2.0, 7.0, 25.0]),
@@ -611,6 +701,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         if next_s is not None:
             self.now = max(self.now, next_s)
             self.look_at_clock()
+
+    @rule()
+    def sleep_from_timer_to_timer(self) -> None:
+        """Nothing happens but timers: they lead somewhere."""
+        end_s = self.now + 10.0
+        for _ in range(MOST_WAKE_UPS):
+            next_s = self.scheduler.next_timer_s()
+            if next_s is None or next_s > end_s:
+                return
+            self.now = max(self.now, next_s)
+            self.look_at_clock()
+        raise AssertionError("timers go on and on while no time passes")
 
     def look_at_clock(self) -> None:
         self.feed(ev.ClockAdvanced())
@@ -723,14 +825,52 @@ class SchedulerMachine(RuleBasedStateMachine):
                 )
 
     @invariant()
+    def books_balance(self) -> None:
+        """Whoever runs under a charge has one that is not settled, on its own tenant's account."""
+        books = self.scheduler.service_books
+        charged = [live.record for live in self.live.values() if live.running_on and live.charged]
+        assert books._charges.keys() == {record.request_id for record in charged}
+        running: Counter[tuple[LaneKey, str]] = Counter()
+        for record in charged:
+            charge = books._charges[record.request_id]
+            assert 0.0 < charge.cost_s == record.cost_s < math.inf
+            running[lane_key(record), tenant_of(record)] += 1
+            assert books._accounts[lane_key(record), tenant_of(record)] is charge.account
+        assert running == Counter({key: each.running_count for key, each in books._accounts.items()})
+        assert all(0.0 <= each.floor_s <= each.standing_s < math.inf for each in books._accounts.values())
+        for live in self.live.values():
+            assert (live.record.cost_s > 0.0) == bool(live.running_on)
+
+    @invariant()
+    def pins_are_those_of_running_prompts(self) -> None:
+        """What runs on the present engine pins its blocks, and nothing else does."""
+        prefixes = self.scheduler.prefixes
+        assert not any(live.record.pinned_block_count for live in self.live.values() if not live.running_on)
+        assert prefixes._caches.keys() == self.states.keys()
+        for instance_id, cache in prefixes._caches.items():
+            assert cache.pins == Counter(
+                block
+                for live in self.live.values()
+                if live.running_on == instance_id and live.engine_number == self.engine_numbers[instance_id]
+                for block in live.record.digest.block_hashes
+            )
+            assert not cache.pins.keys() & cache.evictable.keys()
+            assert cache.block_count <= max(cache.capacity, len(cache.pins))
+        assert len(prefixes) == sum(cache.block_count for cache in prefixes._caches.values())
+        assert prefixes._masks.keys() == {
+            block for cache in prefixes._caches.values() for block in (*cache.pins, *cache.evictable)
+        }
+
+    @invariant()
     def lines_are_in_order(self) -> None:
         now = self.last_s()
         for _, line in self.scheduler.queue.lines():
             if isinstance(line, FairLine):
-                # Its own test says what its order is.
-                assert not was_looked_at(line) or {record.request_id for record in heads_of(line, now)} == {
-                    record.request_id for record in line
-                }
+                # A place in the line is asked for at any time, and changes nothing: the replay does not ask.
+                positions = [line.position(each, now) for each in itertools.islice(line, 3)]
+                assert all(0 <= position < len(line) for position in positions), positions
+                if was_looked_at(line):
+                    self.fair_line_is_in_order(line, now)
                 continue
             assert isinstance(line, (KeyedLine, SloLine))
             key = line._key
@@ -741,6 +881,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             lanes[1].sort(key=lambda record: (record.arrival_s, record.sequence))
             assert [line.position(record, now) for record in (*lanes[0], *lanes[1])] == list(range(len(line)))
             assert line.head(now) in [lane[0] for lane in lanes if lane]
+
+    def fair_line_is_in_order(self, line: FairLine, now: float) -> None:
+        """The oldest, aged, says which class goes first, and a tenant's own go by arrival."""
+        heads = list(heads_of(line, now))
+        assert {record.request_id for record in heads} == {record.request_id for record in line}
+        shares: dict[tuple[RequestPriority, str], list[tuple[float, int]]] = {}
+        for record in heads:
+            age = (record.arrival_s, record.sequence)
+            shares.setdefault((record.metadata.priority, tenant_of(record)), []).append(age)
+        assert all(ages == sorted(ages) for ages in shares.values())
+        oldest = min(
+            line,
+            key=lambda record: (
+                record.arrival_s - line._lanes[record.metadata.priority].boost_s,
+                record.sequence,
+            ),
+        )
+        assert heads[0].metadata.priority is oldest.metadata.priority
 
     def last_s(self) -> float:
         """When the scheduler was last told anything: it knows of no later time."""
@@ -802,6 +960,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not any(i.gate_closed for i in scheduler.fleet)
         assert not any(i.load.prefill_count or i.load.decode_count for i in scheduler.fleet)
         assert not any(cache.pins for cache in scheduler.prefixes._caches.values())
+        assert not scheduler.service_books._charges
         while (next_s := scheduler.next_timer_s()) is not None:
             self.now = next_s
             self.look_at_clock()
@@ -830,7 +989,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=60,
+    max_examples=120,
     stateful_step_count=50,
     deadline=None,
     # Explaining a failure traces every line, which takes minutes here.
@@ -933,6 +1092,15 @@ def test_long_busy_life(policy: str) -> None:
             }
         )
 
+    def evaluate() -> None:
+        favourite = draw.choice(["slo_aware", "priority", "cost_optimized"])
+        for _ in range(2):
+            machine.policies_are_evaluated(draw.choice([0, 0, 0, 1]), favourite)
+
+    def restart() -> None:
+        if machine.running():
+            machine.engine_restarts(draw.randrange(12), draw.random() < 0.5, draw.randint(1, 3))
+
     steps = [
         arrive,
         attempts_move,
@@ -944,6 +1112,9 @@ def test_long_busy_life(policy: str) -> None:
         fleet_changes,
         live_only,
         configure,
+        evaluate,
+        machine.sleep_from_timer_to_timer,
+        restart,
     ]
     closed_count = 0
     combinations = list(itertools.product(ROUTING_STRATEGIES.names, LOAD_BALANCERS.names))
@@ -955,6 +1126,7 @@ def test_long_busy_life(policy: str) -> None:
         queue_limit=draw.choice([10, 100]),
         byte_limit=1 << 20,
         fleet=[(chosen(draw, INSTANCE_CHOICES), EngineCondition.HEALTHY) for _ in INSTANCE_IDS],
+        start_s=draw.choice([0.0, 1.7e9]),
     )
     for strategy, balancer in combinations:
         change = SettingsChange(
@@ -965,11 +1137,13 @@ def test_long_busy_life(policy: str) -> None:
             machine.join(missing, 1, chosen(draw, INSTANCE_CHOICES), EngineCondition.HEALTHY)
         repair()
         for _ in range(20):
-            draw.choices(steps, weights=[10, 14, 6, 4, 4, 1, 4, 1, 1, 1])[0]()
+            draw.choices(steps, weights=[10, 14, 6, 4, 4, 1, 4, 1, 1, 1, 1, 1, 2])[0]()
             machine.requests_are_accounted_for()
             machine.work_is_accounted_for_where_it_runs()
             machine.indexes_agree_with_the_records()
             machine.loads_agree_with_what_runs()
+            machine.books_balance()
+            machine.pins_are_those_of_running_prompts()
             machine.lines_are_in_order()
             machine.nobody_waits_for_nothing()
             closed_count += sum(i.gate_closed for i in machine.scheduler.fleet)

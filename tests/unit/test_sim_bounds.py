@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.sim.fleet.baselines.registry import make_baseline
 from sagecp.sim.fleet.belady import (
     belady_cached_token_counts,
@@ -26,6 +27,7 @@ from sagecp.sim.fleet.bounds import (
 )
 from sagecp.sim.fleet.controller import ObjectiveRule
 from sagecp.sim.fleet.fleet_file import read_fleet
+from sagecp.sim.fleet.scheduler_controller import SchedulerController, SchedulerSetup
 from sagecp.sim.fleet.simulation import Simulation, SimulationOptions
 from sagecp.sim.fleet.statistics import summarise
 from sagecp.sim.fleet.traces import Trace, TraceRequest, transform
@@ -247,15 +249,22 @@ class TestStrictBound:
         shared = trace_of([request(n, 0.0, 8001, blocks=range(500)) for n in range(50)])
         assert strict_attainment_bound(alone, ONE_H100) < strict_attainment_bound(shared, ONE_H100) == 1.0
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(
         seed=st.integers(0, 1000),
         scale=st.sampled_from((0.5, 4.0, 20.0)),
         fleet_text=st.sampled_from(("1x8b-h100", "2x8b-h100+1x8b-l4", "1x8b-a100+1x8b-l4")),
-        baseline=st.sampled_from(("min_ttft", "min_ttft_reject", "least_tokens")),
+        controller=st.sampled_from(
+            (
+                "min_ttft",
+                "min_ttft_reject",
+                "sjf_late",
+                *(f"own {name}" for name in SCHEDULING_POLICIES.names),
+            )
+        ),
         slowness=st.sampled_from((0.5, 1.0, 2.0)),
     )
-    def test_no_run_is_above_it(self, seed, scale, fleet_text, baseline, slowness):
+    def test_no_run_is_above_it(self, seed, scale, fleet_text, controller, slowness):
         draw = np.random.default_rng(seed)
         arrivals = np.sort(draw.uniform(0.0, 20.0, 60))
         requests = []
@@ -269,9 +278,13 @@ class TestStrictBound:
         trace = transform(trace_of(requests, 20.0), scale=scale)
         fleet = [dataclasses.replace(each, slowness=slowness) for each in read_fleet(fleet_text)]
         rule = ObjectiveRule(ttft_base_s=0.3, tpot_s=0.08)
-        result = Simulation(
-            trace, fleet, make_baseline(baseline, seed), SimulationOptions(objectives=rule)
-        ).run()
+        own = controller.removeprefix("own ")
+        decides = (
+            make_baseline(controller, seed)
+            if own == controller
+            else SchedulerController(SchedulerSetup(scheduling_policy=own, seed=seed), BLOCK)
+        )
+        result = Simulation(trace, fleet, decides, SimulationOptions(objectives=rule)).run()
         attainment = summarise(result.outcomes, fleet, duration_s=trace.duration_s).attainment
         assert attainment is not None
         assert attainment <= strict_attainment_bound(trace, fleet, rule) <= 1.0

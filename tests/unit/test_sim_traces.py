@@ -139,7 +139,7 @@ HEADER = "t_s,prompt_tokens,output_tokens\n"
     [
         ("", "line 1: lacks the columns t_s, prompt_tokens, output_tokens (found: nothing)"),
         (HEADER, "has no requests"),
-        ("t_s,total_rps\n0,1\n", "line 1: lacks the columns prompt_tokens, output_tokens (found: t_s,"),
+        ("t_s,total_rps\n0,1\n", "line 1: is a series of rates, not a trace"),
         ("t_s,prompt_tokens,output_tokens,ttft\n0,1,1,1\n", "line 1: has an unknown column 'ttft'; known"),
         (HEADER + "0,1,1\n0,1\n", "line 3: has 2 cells, but the header names 3"),
         (HEADER + "0,many,1\n", "line 2: prompt_tokens must be a whole number from 1 to 100000000, not 'm"),
@@ -391,7 +391,7 @@ def test_a_limit_of_turns_cuts_a_session_but_no_chain(tmp_path: Path) -> None:
         ({"seed": -1}, "seed must be"),
         ({"jitter": -0.1}, "jitter must be"),
         ({"sessions_per_s": 1.0}, "has arrivals, not sessions"),
-        ({"start_s": 10.0}, "has nothing in the window from 10 s to 10 s; it lasts 10 s"),
+        ({"start_s": 10.0}, "lasts 10 s and has nothing after 10 s"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], expected: str) -> None:

@@ -153,14 +153,25 @@ def test_nothing_is_earned_while_nobody_hopeless_waits() -> None:
 
 
 def test_credit_is_bounded() -> None:
+    """However long the first lane was served, the second takes a minute at most at once."""
     line = line_of(
-        waiting("huge", 0.0, demoted=True, work_s=1e9),
-        *(waiting(f"r{n}", float(n), work_s=100.0) for n in range(50)),
+        *(waiting(f"h{n}", float(n), demoted=True, work_s=20.0) for n in range(9)),
+        *(waiting(f"r{n}", float(n), work_s=1000.0) for n in range(2)),
         share=0.5,
     )
-    for _ in range(50):
-        serve(line)
-    assert line._credit_s == 60.0
+    assert [serve(line).request_id for _ in range(5)] == ["r0", "h0", "h1", "h2", "r1"]
+
+
+def test_a_prompt_longer_than_what_can_be_saved_up_has_its_turn() -> None:
+    line = line_of(
+        waiting("huge", demoted=True, work_s=1e9),
+        *(waiting(f"r{n}", float(n), work_s=10.0) for n in range(50)),
+        share=0.5,
+    )
+    assert [serve(line).request_id for _ in range(7)] == [*(f"r{n}" for n in range(6)), "huge"]
+    # It paid what it could: others of its lane wait until the lane has earned again.
+    line.push(waiting("next", 1.0, demoted=True, work_s=1.0))
+    assert [serve(line).request_id for _ in range(8)] == [*(f"r{n}" for n in range(6, 13)), "next"]
 
 
 def test_the_time_that_nobody_else_can_use_costs_no_credit_that_is_not_there() -> None:

@@ -201,7 +201,7 @@ def test_a_line_without_accounts_charges_nobody() -> None:
     [record] = records(1.0)
     line.push(record)
     line.note_dispatch(record, 5.0)
-    line.note_settled(record, 5.0, 1.0)
+    line.note_settled(record)
     assert line.head(0.0) is record
 
 

@@ -7,11 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sagecp.core.fair_line import ServiceBooks
 from sagecp.core.parameters import Parameter
 from sagecp.core.placement import CandidateRow, RequestRow
 from sagecp.core.request import RequestRecord
+from sagecp.core.service_books import ServiceBooks
 from sagecp.core.waiting_line import WaitingLine
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVerdict:
+    """Which policy the evidence speaks for.
+
+    Attributes:
+        policy: Its name.
+        why: In a sentence, for people.
+        since_s: When it was found, on the core's clock; ``None``: it is the first.
+    """
+
+    policy: str = "priority"
+    why: str = "nothing to judge by yet"
+    since_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +36,12 @@ class PolicyContext:
     Attributes:
         parameters: Values of all parameters in force.
         books: What each tenant was served; outlives every policy.
+        verdict: For the policy that chooses among the others.
     """
 
     parameters: Mapping[str, float]
     books: ServiceBooks
+    verdict: PolicyVerdict = PolicyVerdict()
 
 
 class SchedulingPolicy(ABC):

@@ -81,6 +81,8 @@ class CostOptimizedPolicy(SchedulingPolicy):
         loss = cost_usd / parameters["cost_optimized.usd_per_miss"] + max(0.0, danger)
         if candidate.prefill_share < parameters["cost_optimized.fill_below_share"]:
             emptiness = 1.0 - candidate.in_flight_count / candidate.concurrency_limit
+            # Between requests all are idle: the one that worked last goes on, or they would take turns.
+            emptiness *= 1.0 - candidate.prefill_share
             loss += parameters["cost_optimized.fill_weight"] * emptiness
         # Small enough to decide only between equals.
         return loss + 1e-6 * score

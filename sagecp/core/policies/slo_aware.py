@@ -33,20 +33,20 @@ class SloAwarePolicy(SchedulingPolicy):
     demotes = True
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
         Parameter(
-            "slo_aware.work_weight", 4.0, 0.0, 1000.0, "Seconds of age that a second of work counts as."
+            "slo_aware.work_weight", 2.0, 0.0, 1000.0, "Seconds of age that a second of work counts as."
         ),
         Parameter(
-            "slo_aware.best_effort_share", 0.1, 0.0, 0.9, "Engine time kept for requests out of reach."
+            "slo_aware.best_effort_share", 0.02, 0.0, 0.9, "Engine time kept for requests out of reach."
         ),
         Parameter(
             "slo_aware.demote_probability",
-            0.7,
+            0.5,
             0.01,
             1.0,
             "A request more likely to miss than this is hopeless.",
         ),
         Parameter(
-            "slo_aware.pacing_margin", 0.9, 0.1, 10.0, "Share of the TPOT objective that pacing aims at."
+            "slo_aware.pacing_margin", 0.58, 0.1, 10.0, "Share of the TPOT objective that pacing aims at."
         ),
         Parameter(
             "slo_aware.class_head_start_s",

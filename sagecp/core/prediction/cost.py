@@ -7,7 +7,11 @@ from sagecp.core.prediction.placement import Prediction
 
 
 def request_cost_usd(
-    request: RequestRow, candidate: CandidateRow, predicted: Prediction, decode_sharing: float
+    request: RequestRow,
+    candidate: CandidateRow,
+    predicted: Prediction,
+    decode_sharing: float,
+    choice_count: int = 1,
 ) -> float:
     """Return the price of the engine time that a request uses by itself.
 
@@ -19,6 +23,7 @@ def request_cost_usd(
         candidate: The instance.
         predicted: What it would meet there.
         decode_sharing: Decodes that a step is taken to serve at least.
+        choice_count: Answers to the one prompt, each as long as the row says.
     """
     step = candidate.step_time
     context = request.prompt_token_count + request.output_token_count / 2
@@ -28,5 +33,6 @@ def request_cost_usd(
         + step.memory_per_token_s
         + step.context_per_token_s * context
     )
-    seconds = predicted.work_s + request.output_token_count * token_s * candidate.tpot_factor
+    output_token_count = request.output_token_count * choice_count
+    seconds = predicted.work_s + output_token_count * token_s * candidate.tpot_factor
     return candidate.usd_per_hour / 3600.0 * seconds

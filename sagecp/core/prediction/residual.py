@@ -45,6 +45,7 @@ class Residual:
         "_smoothing",
         "_weight_count",
         "observation_count",
+        "sigma",
     )
 
     def __init__(self, *, smoothing: float = 0.1, half_life_s: float = 60.0) -> None:
@@ -56,6 +57,8 @@ class Residual:
         self._half_life_s = half_life_s
         self._log_mean = 0.0
         self._log_variance = _PRIOR_SIGMA**2
+        self.sigma = _sigma_of(self._log_variance)
+        """Standard deviation of the logarithm of observed by corrected prediction."""
         self._observed_s = -math.inf
         # Observations since the start or the last jump; the reciprocal weights the next.
         self._weight_count = 0
@@ -67,12 +70,7 @@ class Residual:
 
     def factor(self, now: float) -> float:
         """Return what to multiply a prediction by, between 1/50 and 50."""
-        return math.exp(self._decayed(now))
-
-    @property
-    def sigma(self) -> float:
-        """Standard deviation of the logarithm of observed by corrected prediction."""
-        return max(_LEAST_SIGMA, math.sqrt(self._log_variance))
+        return math.exp(self._decayed(now)) if self._log_mean else 1.0
 
     def observe(self, predicted_s: float, observed_s: float, now: float) -> None:
         """Learn from one request.
@@ -101,12 +99,13 @@ class Residual:
         self._log_mean = mean + max(self._smoothing, 1.0 / self._weight_count) * error
         weight = max(self._smoothing, 1.0 / (self._weight_count + _PRIOR_SIGMA_COUNT))
         self._log_variance += weight * (error * error - self._log_variance)
+        self.sigma = _sigma_of(self._log_variance)
 
     def _decayed(self, now: float) -> float:
         idle_s = now - self._observed_s
         if self._log_mean == 0.0 or idle_s <= 0.0:
             return self._log_mean
-        return float(self._log_mean * 0.5 ** (idle_s / self._half_life_s))
+        return self._log_mean * math.pow(0.5, idle_s / self._half_life_s)
 
     def _follows_jump(self, error: float, log_ratio: float) -> bool:
         """Count observations that are far off on one side; take over their mean after a few."""
@@ -122,7 +121,12 @@ class Residual:
             return False
         self._log_mean = self._run_sum / _JUMP_COUNT
         self._log_variance = _PRIOR_SIGMA**2
+        self.sigma = _sigma_of(self._log_variance)
         # What comes next counts as much as each of these did.
         self._weight_count = _JUMP_COUNT
         self._run_count, self._run_sum = 0, 0.0
         return True
+
+
+def _sigma_of(log_variance: float) -> float:
+    return max(_LEAST_SIGMA, math.sqrt(log_variance))

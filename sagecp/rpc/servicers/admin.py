@@ -102,7 +102,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             parameters=parameters_to_proto(current.values),
             history=[self._config(settings) for settings in reversed(earlier)],
             policy_in_force=manager.scheduler.policy_in_force,
-            policy_reason=manager.scheduler.why_policy(),
+            policy_reason=manager.why_policy(),
             available_scheduling_policies=SCHEDULING_POLICIES.names,
             available_routing_strategies=ROUTING_STRATEGIES.names,
             available_load_balancers=LOAD_BALANCERS.names,

@@ -25,17 +25,14 @@ class PredictedLatencyBalancer(LoadBalancer):
     is_loss: ClassVar[bool] = True
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
         Parameter(
-            "predicted_latency.work_price", 0.5, 0.0, 100.0, "Good requests one engine second is worth."
+            "predicted_latency.work_price", 0.25, 0.0, 100.0, "Good requests one engine second is worth."
         ),
         Parameter(
             "predicted_latency.ttft_tilt",
-            0.02,
+            0.2,
             0.0,
             10.0,
             "Weight of the predicted share of the TTFT objective.",
-        ),
-        Parameter(
-            "predicted_latency.young_risk", 0.1, 0.0, 10.0, "Chance that a young decode ends within a stall."
         ),
         Parameter("predicted_latency.ttft_sigma", 0.35, 0.01, 3.0, "Least assumed spread of log TTFT."),
         Parameter("predicted_latency.tpot_sigma", 0.6, 0.01, 3.0, "Assumed spread of log TPOT."),
@@ -43,21 +40,16 @@ class PredictedLatencyBalancer(LoadBalancer):
 
     def score(self, request: RequestRow, candidate: CandidateRow, parameters: Mapping[str, float]) -> float:
         """Return the expected loss J."""
-        predicted = predict(request, candidate)
-        ttft_s = predicted.ttft_s + request.waited_s
+        ttft_s, tpot_s, work_s = predict(request, candidate)
+        ttft_s += request.waited_s
         sigma = max(parameters["predicted_latency.ttft_sigma"], candidate.sigma)
         objective_s = request.ttft_objective_s
         missed = miss_probability(ttft_s, objective_s, sigma)
-        slow = miss_probability(
-            predicted.tpot_s, request.tpot_objective_s, parameters["predicted_latency.tpot_sigma"]
-        )
+        slow = miss_probability(tpot_s, request.tpot_objective_s, parameters["predicted_latency.tpot_sigma"])
         return (
             1.0
             - (1.0 - missed) * (1.0 - slow)
-            + parameters["predicted_latency.work_price"] * predicted.work_s
-            + parameters["predicted_latency.young_risk"]
-            * candidate.young_decode_count
-            * min(1.0, predicted.work_s / 5.0)
+            + parameters["predicted_latency.work_price"] * work_s
             + parameters["predicted_latency.ttft_tilt"] * ttft_s / objective_s
         )
 
