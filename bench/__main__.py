@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other: `python -m bench [--quick]` (about ten minutes, or two)."""
+"""Every benchmark, one after the other: `python -m bench [--quick]` (about half an hour, or two minutes)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 _RUNS: dict[str, tuple[list[str], list[str]]] = {
     # Module: arguments of a full run, of a quick one.
     "decision": ([], ["--quick"]),
+    "fleet_engine": ([], ["--quick"]),
     "engine_client": ([], ["--rounds", "1"]),
     "token_path": ([], ["--rounds", "1", "--seconds", "2"]),
     "latency": ([], ["--seconds", "10"]),

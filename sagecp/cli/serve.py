@@ -11,6 +11,8 @@ from sagecp.cli.exit_codes import ExitCode
 from sagecp.cli.failures import CliError
 from sagecp.cli.options import DURATION, NUMBER_PAIR, debug_option
 
+# Replays the past for the adaptive policy.
+_EVALUATION_MODULE = "sagecp.sim.fleet.policy_evaluation"
 # Option, and the setting it overrides: section (empty: the top) and name.
 _SETTINGS = {
     "listen": ("", "listen"),
@@ -78,17 +80,21 @@ def serve(config_file: str | None, **flags: Any) -> int:  # noqa: ANN401 - see _
     timeout, and exits 0; a second signal ends it at once. Only this machine
     can reach it unless TLS is on.
     """
+    import sys
+
     from sagecp.config import ConfigError, ServerConfig, load_config
     from sagecp.core.errors import SageError
     from sagecp.log import configure_logging
     from sagecp.rpc.server import ListenError, run_server
     from sagecp.runtime.event_loop import run
+    from sagecp.runtime.policy_evaluation import EvaluationProcess
 
     try:
         config = load_config(_path(config_file)) if config_file else ServerConfig()
         config = _with_flags(config, flags).validate()
         configure_logging(config.log_level, config.log_format)
-        return run(run_server(config))
+        evaluator = EvaluationProcess([sys.executable, "-m", _EVALUATION_MODULE])
+        return run(run_server(config, policy_evaluator=evaluator))
     except ConfigError as error:
         raise CliError(
             _violations_text(error), hint="sagecp serve --help", exit_code=ExitCode.INVALID

@@ -18,6 +18,7 @@ from sagecp.cli.simulate.options import (
     experiment_options,
     read_contenders,
 )
+from sagecp.cli.simulate.replay import replay
 
 _EPILOG = """\b
 Example: four loads, with a report to look at:
@@ -45,7 +46,7 @@ class SimulateGroup(DefaultCommandGroup):
 @click.group(
     "simulate",
     cls=SimulateGroup,
-    subcommand_metavar="--trace FILE --fleet FLEET [OPTIONS] | compare [OPTIONS]",
+    subcommand_metavar="--trace FILE --fleet FLEET [OPTIONS] | compare ... | replay LOG",
     epilog=_EPILOG,
 )
 def simulate() -> None:
@@ -91,6 +92,11 @@ def run(
     from sagecp.cli.simulate.execution import run_experiment, write_report
     from sagecp.sim.fleet.report.html_report import run_page
 
+    if bounds and experiment.workload.trace(experiment.scales[0], experiment.seeds[0]).is_closed_loop:
+        raise CliError(
+            "--bounds: a trace of sessions has none: what arrives depends on the fleet's speed",
+            exit_code=ExitCode.INVALID,
+        )
     if event_log and (experiment.out is None or baseline):
         problem = "--event-log needs --out DIR" if experiment.out is None else "a baseline has no event log"
         raise CliError(problem, exit_code=ExitCode.INVALID)
@@ -127,3 +133,4 @@ def run(
 
 
 simulate.add_command(compare)
+simulate.add_command(replay)

@@ -59,13 +59,15 @@ def run_experiment(
         for scale in experiment.scales
         for seed in experiment.seeds
     ]
-    if with_bounds:
+    trace = workload.trace(1.0, experiment.seeds[0])
+    # What arrives in a closed loop depends on the fleet: there is nothing to bound.
+    if with_bounds and not trace.is_closed_loop:
         tasks += [
-            BoundsTask(workload=workload, scale=scale, seed=experiment.seeds[0])
+            BoundsTask(workload=workload, scale=scale, seed=seed)
             for scale in experiment.scales
+            for seed in experiment.seeds
         ]
     results = _run(tasks, experiment.job_count)
-    trace = workload.trace(1.0, experiment.seeds[0])
     arguments = click.get_current_context().find_root().meta.get(ARGUMENTS, [])
     return ReportContents(
         command=shlex.join(["sagecp", "simulate", *arguments]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,30 @@ class SlowType(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
         return match[1], DurationType().convert(match[2], param, ctx), float(match[3])
 
 
+class FiniteRange(click.FloatRange):
+    """A number in a range; infinity and what is no number are in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401 - as click has it
+        """Return the number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+class TimeSpanType(DurationType):
+    """A duration above 0."""
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return seconds."""
+        span_s = super().convert(value, param, ctx)
+        if not 0 < span_s < math.inf:
+            self.fail(f"{value!r} is not above 0", param, ctx)
+        return span_s
+
+
 NUMBERS = NumbersType()
+TIME_SPAN = TimeSpanType()
 SETTING = SettingType()
 SLOW = SlowType()
 
@@ -227,13 +251,13 @@ def experiment_options(function: F) -> F:
 
 
 _WORLD_NAMES = (
-    "start", "duration", "limit", "sessions_per_s", "longest_think", "ttft_base", "ttft_per_1000", "tpot",
-    "stale", "event_delay", "model_error", "slow",
+    "rates", "start", "duration", "limit", "sessions_per_s", "longest_think", "ttft_base", "ttft_per_1000",
+    "tpot", "stale", "event_delay", "model_error", "slow",
 )  # fmt: skip
 
 
 def _options() -> list[Callable[[Any], Any]]:
-    above_0 = click.FloatRange(min=0, min_open=True)
+    above_0 = FiniteRange(min=0, min_open=True)
     return [
         click.option(
             "--trace", required=True, metavar="FILE", help="Requests: CSV or JSON lines, also as .gz.",
@@ -251,8 +275,12 @@ def _options() -> list[Callable[[Any], Any]]:
             "--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, metavar="N",
             help="Runs of each, seeds 0 to N-1; each sees another window of the trace.",
         ),
+        click.option(
+            "--rates", metavar="FILE", help="CSV of t_s and total_rps, whose shape arrivals follow.",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        ),
         click.option("--start", type=DURATION, default="0s", metavar="T", help="Skip this much of a trace."),
-        click.option("--duration", type=DURATION, metavar="T", help="Stop after this much of the trace."),
+        click.option("--duration", type=TIME_SPAN, metavar="T", help="Stop after this much of the trace."),
         click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Stop after N requests."),
         click.option(
             "--sessions-per-s", type=above_0, metavar="X",
@@ -266,7 +294,7 @@ def _options() -> list[Callable[[Any], Any]]:
             help="Objective: seconds to the first token,",
         ),
         click.option(
-            "--ttft-per-1000", type=click.FloatRange(min=0), default=0.25, show_default=True, metavar="S",
+            "--ttft-per-1000", type=FiniteRange(min=0), default=0.25, show_default=True, metavar="S",
             help="and more per 1,000 prompt tokens.",
         ),
         click.option(
@@ -282,7 +310,7 @@ def _options() -> list[Callable[[Any], Any]]:
             help="News of tokens and ends come this late.",
         ),
         click.option(
-            "--model-error", type=click.FloatRange(min=0, max=3), default=0.0, show_default=True, metavar="X",
+            "--model-error", type=FiniteRange(min=0, max=3), default=0.0, show_default=True, metavar="X",
             help="Spread of the error in what is known of the engines at first (log-normal).",
         ),
         click.option(
@@ -324,6 +352,7 @@ def _experiment(
     workload = Workload(
         trace_path=trace,
         fleet=fleet,
+        rates_path=world["rates"],
         start_s=world["start"],
         duration_s=world["duration"],
         limit=world["limit"],

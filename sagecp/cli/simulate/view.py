@@ -25,6 +25,7 @@ _RUN_COLUMNS = (
     ("tpot_p95_s", "TPOT P95"),
     ("prefix_hit_share", "CACHED"),
     ("rejected_share", "REJECTED"),
+    ("failed_share", "FAILED"),
     ("usd_per_1000_good", "$/1K GOOD"),
 )
 _COMPARE_COLUMNS = (
@@ -36,7 +37,7 @@ _COMPARE_COLUMNS = (
     ("usd_per_1000_good", "$/1K GOOD"),
 )
 # The least telling ones are left out first where the terminal is narrow.
-_OPTIONAL = {"REJECTED", "$/1K GOOD", "CACHED", "TPOT P95", "WORST TENANT", "LONGEST"}
+_OPTIONAL = {"FAILED", "REJECTED", "$/1K GOOD", "CACHED", "TPOT P95", "WORST TENANT", "LONGEST"}
 
 
 def show_run(contents: ReportContents) -> None:
@@ -44,11 +45,12 @@ def show_run(contents: ReportContents) -> None:
     from sagecp.sim.fleet.report import words
     from sagecp.sim.fleet.report.summary import summarise_loads
 
+    loads = summarise_loads(contents)
+    columns = _told(_RUN_COLUMNS, loads)
     rows = [
-        [f"{load.scale:g}", words.number(load.load_per_s.mean), *_figures(load, _RUN_COLUMNS)]
-        for load in summarise_loads(contents)
+        [f"{load.scale:g}", words.number(load.load_per_s.mean), *_figures(load, columns)] for load in loads
     ]
-    _print(("SCALE", "PER S", *(title for _, title in _RUN_COLUMNS)), rows, text_columns=0)
+    _print(("SCALE", "PER S", *(title for _, title in columns)), rows, text_columns=0)
     _show_bounds(contents)
 
 
@@ -59,18 +61,19 @@ def show_comparison(contents: ReportContents) -> None:
     from sagecp.sim.fleet.report.summary import TARGET_ATTAINMENT, summarise_goodput, summarise_loads
 
     loads = summarise_loads(contents)
+    columns = _told(_COMPARE_COLUMNS, loads)
     rows = [
         [
             load.label,
             f"{scale:g}",
             words.number(load.load_per_s.mean),
-            *_figures(load, _COMPARE_COLUMNS),
+            *_figures(load, columns),
         ]
         for scale in contents.scales
         for load in loads
         if load.scale == scale
     ]
-    _print(("CONTENDER", "SCALE", "PER S", *(title for _, title in _COMPARE_COLUMNS)), rows, text_columns=1)
+    _print(("CONTENDER", "SCALE", "PER S", *(title for _, title in columns)), rows, text_columns=1)
     if len(contents.scales) > 1:
         click.echo()
         goodputs = sorted(summarise_goodput(contents), key=lambda each: -each.rate.mean)
@@ -90,6 +93,7 @@ def show_comparison(contents: ReportContents) -> None:
 
 def _show_bounds(contents: ReportContents) -> None:
     from sagecp.sim.fleet.report import words
+    from sagecp.sim.fleet.report.summary import summarise_bounds
 
     if not contents.bounds:
         return
@@ -101,10 +105,19 @@ def _show_bounds(contents: ReportContents) -> None:
             words.share(each.infinite_hit_share),
             words.share(each.belady_hit_share),
             words.share(each.pooled_lru_hit_share),
+            words.number(each.limit_per_s),
         ]
-        for each in contents.bounds
+        for each in summarise_bounds(contents)
     ]
-    _print(("SCALE", "BOUND", "HITS, ENDLESS", "BELADY", "POOLED LRU"), rows, text_columns=0)
+    _print(("SCALE", "BOUND", "HITS, ENDLESS", "BELADY", "POOLED LRU", "ALL BUSY AT"), rows, text_columns=0)
+
+
+def _told(columns: Sequence[tuple[str, str]], loads: Sequence[LoadSummary]) -> list[tuple[str, str]]:
+    """Return the columns that tell something: attainment, and what is known and other than 0."""
+    from sagecp.sim.fleet.report.summary import told_columns
+
+    told = told_columns([name for name, _ in columns], loads)
+    return [column for column in columns if column[0] == "attainment" or column[0] in told]
 
 
 def _figures(load: LoadSummary, columns: Sequence[tuple[str, str]]) -> list[str]:

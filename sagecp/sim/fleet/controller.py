@@ -57,7 +57,7 @@ class World(Protocol):
         """The engines in the same order, for controllers that may see exact state."""
 
     def start(self, request_id: str, instance_index: int) -> None:
-        """Give a request to an engine, now."""
+        """Give a request to an engine, now; one that could never hold it refuses, see `on_refused`."""
 
     def abort(self, request_id: str) -> None:
         """Take a request from its engine, now."""
@@ -86,6 +86,9 @@ class Controller(Protocol):
         self, request_id: str, output_token_count: int, cached_token_count: int, now: float
     ) -> None:
         """A request got its last token."""
+
+    def on_refused(self, request_id: str, now: float) -> None:
+        """An engine refused a request, whose tokens are more than its memory holds."""
 
     def on_timer(self, now: float) -> None:
         """The time that :meth:`next_timer_s` named has come."""

@@ -220,6 +220,16 @@ def _describe(effect: fx.Effect) -> dict[str, Any]:
                 "load_balancer": settings.load_balancer,
                 "parameters": dict(settings.parameters),
             }
+        case fx.EvaluatePolicies():
+            replay = effect.replay
+            return {
+                "evaluation_id": replay.evaluation_id,
+                "candidates": list(replay.candidates),
+                "arrival_count": len(replay.arrivals),
+                "instance_ids": [each.instance_id for each in replay.instances],
+            }
+        case fx.PolicySwitched():
+            return {"previous": effect.previous, "policy": effect.policy, "why": effect.why}
 
 
 def _receipt(decision: SchedulingDecision) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sagecp.sim.fleet.controller import Controller
 from sagecp.sim.fleet.event_log import EventLogWriter
 from sagecp.sim.fleet.fleet_file import SimInstance, read_fleet
 from sagecp.sim.fleet.outcomes import OutcomeArrays
+from sagecp.sim.fleet.rates import follow_rates, read_rates
 from sagecp.sim.fleet.report.run_charts import RunCharts, rounded, run_charts
 from sagecp.sim.fleet.scheduler_controller import SchedulerController, SchedulerSetup
 from sagecp.sim.fleet.simulation import Simulation, SimulationOptions, SimulationResult
@@ -102,6 +103,7 @@ class Workload:
     Attributes:
         trace_path: The trace.
         fleet: As :func:`read_fleet` takes it.
+        rates_path: Rates that arrivals follow, see :func:`follow_rates`; ``None``: they stay as recorded.
         start_s: Window of the trace, like the following as in :func:`transform`.
         options: How the world differs from a perfect one.
         model_error: As in :class:`SchedulerSetup`; baselines know the engines exactly.
@@ -109,6 +111,7 @@ class Workload:
 
     trace_path: Path
     fleet: str
+    rates_path: Path | None = None
     start_s: float = 0.0
     duration_s: float | None = None
     limit: int | None = None
@@ -121,10 +124,10 @@ class Workload:
         """Return the part of the trace that a run sees.
 
         Raises:
-            TraceError: The trace cannot be read.
-            ValueError: Nothing is left of it.
+            TraceError: The trace, or the rates, cannot be read.
+            ValueError: Nothing is left of it, or it cannot follow rates.
         """
-        return transform(
+        trace = transform(
             _read_trace_once(self.trace_path),
             scale=scale,
             start_s=self.start_s,
@@ -134,14 +137,23 @@ class Workload:
             sessions_per_s=self.sessions_per_s,
             longest_think_s=self.longest_think_s,
         )
+        return trace if self.rates_path is None else follow_rates(trace, read_rates(self.rates_path))
 
     def instances(self) -> tuple[SimInstance, ...]:
         """Return the fleet."""
         return read_fleet(self.fleet)
 
 
-@functools.lru_cache(maxsize=2)
 def _read_trace_once(path: Path) -> Trace:
+    try:
+        stat = path.stat()
+    except OSError:
+        return read_trace(path)
+    return _read_unchanged_trace(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_unchanged_trace(path: Path, _mtime_ns: int, _size_bytes: int) -> Trace:
     return read_trace(path)
 
 
@@ -221,7 +233,7 @@ class RunTask:
         result = self._simulate(fleet, trace, progress)
         rows = result.outcomes.as_arrays()
         # A trace in which everything arrives at once covers no time.
-        duration_s = trace.duration_s or max(result.end_s, 1e-9)
+        duration_s = trace.duration_s or result.end_s or 1.0
         statistics = summarise(rows, fleet, duration_s=duration_s)
         load_per_s = statistics.offered_per_s
         if trace.is_closed_loop:
@@ -285,17 +297,22 @@ class Bounds:
 
     Attributes:
         scale: Load that the attainment is for.
+        seed: Window of the trace, likewise.
         attainment: Largest share of good requests that any policy could reach; loose.
         infinite_hit_share: Prompt tokens that one endless cache for the whole fleet would find.
         belady_hit_share: That a cache of the fleet's size would find if it knew the future.
         pooled_lru_hit_share: That an LRU cache of the fleet's size would find, as engines evict.
+        limit_per_s: Requests like these per second that keep every engine busy with the least work that
+            the Belady cache leaves. Who serves short requests only may exceed it.
     """
 
     scale: float
+    seed: int
     attainment: float | None
     infinite_hit_share: float | None
     belady_hit_share: float | None
     pooled_lru_hit_share: float | None
+    limit_per_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,8 +324,12 @@ class BoundsTask:
     seed: int = 0
 
     def execute(self, progress: Progress | None = None) -> Bounds:
-        """Work them out."""
-        from sagecp.sim.fleet.bounds import cache_bounds, strict_attainment_bound
+        """Work them out.
+
+        Raises:
+            ValueError: The trace is closed-loop: what arrives when depends on the fleet.
+        """
+        from sagecp.sim.fleet.bounds import cache_bounds, limit_rate_per_s, strict_attainment_bound
 
         fleet = self.workload.instances()
         trace = self.workload.trace(self.scale, self.seed)
@@ -318,10 +339,12 @@ class BoundsTask:
         cache = cache_bounds(trace, fleet)
         return Bounds(
             self.scale,
+            self.seed,
             attainment,
             cache.infinite_hit_share,
             cache.belady_hit_share,
             cache.pooled_lru_hit_share,
+            limit_rate_per_s(trace, fleet) if trace.duration_s else None,
         )
 
 

@@ -59,6 +59,7 @@ class SimInstance:
         prefix_caching: Whether prompts share blocks.
         slowness: Factor on the duration of its steps; 1 is as profiled.
         model: Served model name.
+        model_aliases: Further served names.
         gpu_name: As NVML names it.
         gpu_memory_gb: Of one GPU, GiB; ``None``: unknown.
         usd_per_gpu_hour: Price of one GPU.
@@ -73,6 +74,7 @@ class SimInstance:
     prefix_caching: bool = True
     slowness: float = 1.0
     model: str = DEFAULT_MODEL
+    model_aliases: tuple[str, ...] = ()
     gpu_name: str
     gpu_count: int
     gpu_memory_gb: float | None = None
@@ -100,6 +102,7 @@ class SimInstance:
             host="127.0.0.1",
             port=self.port,
             model_name=self.model,
+            model_aliases=self.model_aliases,
             tensor_parallel_size=self.profile.tensor_parallel_size,
             gpu_count=self.gpu_count,
             gpu_memory_gb=self.gpu_memory_gb,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
+from sagecp.core.errors import ErrorReason, Failure
 from sagecp.core.prediction.step_time import StepTimeParameters
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.types import EngineCondition, EngineGauges, PromptDigest, RequestMetadata, RequestState
@@ -20,6 +21,8 @@ from sagecp.sim.profiles import StepProfile
 
 # No lease: there is no agent to lose. Waiting has no end of its own, or it would hide late answers.
 _FOREVER_S = 1e9
+# How long a replay for the adaptive policy takes: about as long as in the process of a server.
+_EVALUATION_S = 1.0
 _STATES = {
     RequestState.SUCCEEDED: OutcomeState.SUCCEEDED,
     RequestState.FAILED: OutcomeState.FAILED,
@@ -67,6 +70,8 @@ class SchedulerController:
         self._listener = listener
         self._world: World
         self._index_of: dict[str, int] = {}
+        # Scores that are on their way, and when they arrive.
+        self._evaluated: tuple[float, ev.PoliciesEvaluated] | None = None
         self.scheduler = Scheduler(
             SchedulerConfig(
                 scheduling_policy=setup.scheduling_policy,
@@ -138,14 +143,29 @@ class SchedulerController:
             now,
         )
 
+    def on_refused(self, request_id: str, now: float) -> None:
+        """Pass it on as an engine's answer of status 400."""
+        failure = Failure(ErrorReason.ENGINE_REJECTED, "the engine refused the request: it is too long")
+        self._feed(
+            ev.AttemptFailed(request_id, 1, failure, retryable=False, counts_against_engine=False), now
+        )
+
     def on_timer(self, now: float) -> None:
-        """Let the scheduler look at the clock."""
-        self._feed(ev.ClockAdvanced(), now)
+        """Let the scheduler look at the clock, or tell it what a replay came to."""
+        if self._evaluated is not None and self._evaluated[0] <= now:
+            event, self._evaluated = self._evaluated[1], None
+            self._feed(event, now)
+        else:
+            self._feed(ev.ClockAdvanced(), now)
 
     def next_timer_s(self) -> float | None:
         """Return when the scheduler wants to look at the clock."""
         timer_s = self.scheduler.next_timer_s()
-        return timer_s if timer_s is not None and timer_s < _FOREVER_S / 2 else None
+        if timer_s is not None and timer_s >= _FOREVER_S / 2:
+            timer_s = None
+        if self._evaluated is not None:
+            return self._evaluated[0] if timer_s is None else min(timer_s, self._evaluated[0])
+        return timer_s
 
     def on_gauges(self, instance_index: int, gauges: object, now: float) -> None:
         """Pass an engine's metrics on, as a heartbeat would."""
@@ -167,6 +187,12 @@ class SchedulerController:
                 world.end(effect.request_id, OutcomeState.REJECTED)
             elif isinstance(effect, fx.RequestEnded) and effect.state is not RequestState.SUCCEEDED:
                 world.end(effect.record.request_id, _STATES[effect.state])
+            elif isinstance(effect, fx.EvaluatePolicies):
+                # It replays with controllers of this class.
+                from sagecp.sim.fleet.policy_evaluation import score_policies
+
+                event = ev.PoliciesEvaluated(effect.replay.evaluation_id, score_policies(effect.replay))
+                self._evaluated = (now + _EVALUATION_S, event)
 
 
 def step_time_prior(profile: StepProfile, error: float, seed: int) -> StepTimeParameters:

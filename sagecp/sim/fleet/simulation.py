@@ -118,6 +118,8 @@ class Simulation:
         self._sequence = 0
         # Time of the one entry of each engine that counts.
         self._engine_due_s = [math.inf] * len(fleet)
+        # Engines that something happened to since their next events were planned.
+        self._touched: set[int] = set()
         self._live: dict[str, _Live] = {}
         self._followers: dict[str, list[TraceRequest]] = {}
         self._outcomes = Outcomes()
@@ -182,22 +184,28 @@ class Simulation:
     # -- what a controller may do ------------------------------------------------
 
     def start(self, request_id: str, instance_index: int) -> None:
-        """Give a request to an engine, now."""
+        """Give a request to an engine, now, which refuses what it could never hold."""
         live = self._live[request_id]
         request = live.request
+        live.dispatch_s = self._now
+        live.instance_index = instance_index
+        length = request.prompt_token_count + request.output_token_count
+        if length > self.engines[instance_index].kv_token_capacity:
+            self._push(self._now + self._options.event_delay_s, _DELAYED, request_id)
+            return
         live.job = EngineJob(
             request_id, request.prompt_token_count, request.output_token_count, request.block_hashes
         )
-        live.dispatch_s = self._now
-        live.instance_index = instance_index
         self.engines[instance_index].add(live.job, self._now)
-        self._engine_due_s[instance_index] = math.nan
+        self._touched.add(instance_index)
 
     def abort(self, request_id: str) -> None:
         """Take a request from its engine, now."""
         live = self._live[request_id]
+        if live.job is None:
+            return
         self.engines[live.instance_index].abort(request_id, self._now)
-        self._engine_due_s[live.instance_index] = math.nan
+        self._touched.add(live.instance_index)
 
     def end(self, request_id: str, state: OutcomeState) -> None:
         """Record what became of a request, and let those follow that waited for its end."""
@@ -240,15 +248,16 @@ class Simulation:
 
     def _note_due(self) -> None:
         """Plan the next event of every engine that was touched."""
-        for index, due_s in enumerate(self._engine_due_s):
-            if due_s != due_s:  # noqa: PLR0124 - not a number: touched
-                next_s = self.engines[index].next_event_s()
-                self._engine_due_s[index] = next_s
-                if next_s != math.inf:
-                    self._push(next_s, _NEWS, index)
+        # In order, or what happens first of what happens at one time would depend on chance.
+        for index in sorted(self._touched):
+            next_s = self.engines[index].next_event_s()
+            self._engine_due_s[index] = next_s
+            if next_s != math.inf:
+                self._push(next_s, _NEWS, index)
+        self._touched.clear()
 
     def _run_engine(self, index: int) -> None:
-        self._engine_due_s[index] = math.nan
+        self._touched.add(index)
         delay_s = self._options.event_delay_s
         for news in self.engines[index].advance(self._now):
             if delay_s:
@@ -275,6 +284,10 @@ class Simulation:
             self._live[payload.request_id] = _Live(payload, objectives, self._now)
             self._event_count += 1
             self._controller.on_arrival(payload, objectives, self._now)
+        elif kind == _DELAYED and isinstance(payload, str):
+            if payload in self._live:
+                self._event_count += 1
+                self._controller.on_refused(payload, self._now)
         elif kind == _DELAYED:
             self._tell(payload.kind, payload.job)  # type: ignore[attr-defined]
         elif kind == _SLOWDOWN:
@@ -282,7 +295,7 @@ class Simulation:
             engine = self.engines[payload.instance_index]
             engine.advance(self._now)
             engine.slowness = payload.slowness
-            self._engine_due_s[payload.instance_index] = math.nan
+            self._touched.add(payload.instance_index)
         elif isinstance(payload, int):
             self._report(payload)
         else:

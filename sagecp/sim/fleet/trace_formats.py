@@ -81,14 +81,19 @@ def read_rows(path: Path) -> list[TraceRow]:
     Raises:
         TraceError: The file cannot be read, or a line of it is not as documented.
     """
-    text = _read_text(path)
+    text = read_text(path)
     rows = list(_json_rows(path, text) if text.lstrip().startswith("{") else _csv_rows(path, text))
     if not rows:
         raise TraceError(path, 0, "has no requests; give a trace with at least one")
     return rows
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return a file's text, which may be compressed with gzip.
+
+    Raises:
+        TraceError: It cannot be read.
+    """
     try:
         content = path.read_bytes()
         if content.startswith(_GZIP_MAGIC):
@@ -217,6 +222,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[TraceRow]:
     try:
         columns = [name.strip() for name in next(reader, [])]
         missing = [name for name in _REQUIRED if name not in columns]
+        if "total_rps" in columns:
+            raise TraceError(path, 1, "is a series of rates, not a trace; give it as --rates beside a trace")
         if missing:
             raise TraceError(
                 path,

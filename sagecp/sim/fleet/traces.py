@@ -305,8 +305,12 @@ def transform(
     ]
     if not kept:
         raise ValueError(
-            f"trace {trace.name} has nothing in the window from {start_s:g} s to {end_s:g} s; "
-            f"it lasts {covered_s:g} s"
+            f"trace {trace.name} lasts {covered_s:g} s and has nothing "
+            + (
+                f"after {start_s:g} s"
+                if duration_s is None
+                else f"in the {duration_s:g} s after {start_s:g} s"
+            )
         )
     duration_s = (end_s - start_s) / scale
     requests = [replace(request, arrival_s=(arrival_s - start_s) / scale) for arrival_s, request in kept]

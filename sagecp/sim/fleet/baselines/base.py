@@ -134,6 +134,10 @@ class Baseline(abc.ABC):
         self.ledgers[index].finished(request_id)
         self.prefixes.finished(index, request)
 
+    def on_refused(self, request_id: str, now: float) -> None:
+        """Never called: candidates have room for what they are given."""
+        raise AssertionError(f"{self.name} gave {request_id!r} to an engine without room for it")
+
     def on_timer(self, now: float) -> None:  # noqa: B027 - there is no timer
         """Do nothing: everything is decided at arrival."""
 

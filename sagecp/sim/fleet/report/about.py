@@ -44,6 +44,7 @@ def configuration(contents: ReportContents) -> str:
     ttft = f"{words.seconds(rule.ttft_base_s)} + {per_1000} per 1,000 prompt tokens"
     entries = [
         ("trace", f"{contents.trace_name}: {window} at scale 1, {kind}"),
+        ("rates", "" if workload.rates_path is None else f"arrivals follow {workload.rates_path.name}"),
         ("fleet", _fleet(contents)),
         ("scales", ", ".join(f"{scale:g}" for scale in contents.scales)),
         ("seeds", ", ".join(map(str, contents.seeds))),

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 from sagecp.sim.fleet.experiment import InstanceFigures, RunResult
 from sagecp.sim.fleet.report import words
 from sagecp.sim.fleet.report.run_charts import CURVE_SHARES, Distribution, LengthBin, Numbers, RunSeries
-from sagecp.sim.fleet.report.svg import Axis, EndLabel, Plot, Point, coordinate, drawing, stepped, text_width
+from sagecp.sim.fleet.report.svg import (
+    Axis,
+    EndLabel,
+    Plot,
+    Point,
+    coordinate,
+    drawing,
+    nice_top,
+    stepped,
+    text_width,
+)
 
 _MARKED_SHARES = (0.5, 0.95, 0.99)
 _PERCENT_TICKS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _LEVELS = 8
 _MOST_ROWS = 40
 _ROW_HEIGHT = 17.0
-_TIMELINE_WIDTH = 1080.0
 _TIMELINE_RIGHT = 64.0
 _SHORTEST_S = 1e-4
 
@@ -132,20 +142,48 @@ def _by_length(bins: Sequence[LengthBin], values_s: Sequence[float | None]) -> l
 # -- over time -------------------------------------------------------------------
 
 
-def timeline(run: RunResult) -> str:
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """What charts that are stacked have in common.
+
+    Attributes:
+        x: Their axis of time.
+        left: Room left of the plots.
+    """
+
+    series: RunSeries
+    x: Axis
+    left: float
+    width: float
+
+    def plot(self, y: Axis, height: float) -> Plot:
+        """Return an empty chart of the stack."""
+        return Plot(
+            self.x,
+            y,
+            y.title,
+            width=self.width,
+            height=height,
+            left=self.left,
+            right=_TIMELINE_RIGHT,
+            with_x_ticks=False,
+        )
+
+
+def timeline(run: RunResult, width: float) -> str:
     """Return what arrived, waited and ran over time: stacked charts with one horizontal axis."""
     charts = run.charts
     if charts is None or not charts.series.arrivals_per_s:
         return ""
     series = charts.series
-    left = max(96.0, 14.0 + max(text_width(each) for each in series.instance_ids[:_MOST_ROWS]))
+    left = max(96.0, 14.0 + max(text_width(each, is_bold=True) for each in series.instance_ids[:_MOST_ROWS]))
     end_s = series.bin_s * len(series.arrivals_per_s)
-    x = _time_axis(end_s)
+    stack = _Stack(series, _time_axis(end_s), left, width)
     strips = [
-        _strip(series, series.arrivals_per_s, x, left, "requests per second that arrive", "c2", 92.0),
-        _strip(series, series.queued_count, x, left, "requests that wait in the scheduler", "c1", 92.0),
-        _attainment_strip(series, x, left),
-        _heat(series, run.instances, x, left),
+        _strip(stack, series.arrivals_per_s, "requests per second that arrive", "c2"),
+        _strip(stack, series.queued_count, "requests that wait in the scheduler", "c1"),
+        _attainment_strip(stack),
+        _heat(stack, run.instances),
     ]
     return '<div class="stack">' + "".join(strips) + "</div>"
 
@@ -158,35 +196,24 @@ def _time_axis(end_s: float) -> Axis:
     return Axis("seconds", 0.0, end_s, lambda value: f"{value:g}")
 
 
-def _strip(
-    series: RunSeries, values: Numbers, x: Axis, left: float, title: str, style: str, height: float
-) -> str:
-    top = max((value for value in values if value is not None), default=0.0)
-    y = Axis(title, 0.0, top or 1.0, words.number, tick_values=(0.0, top) if top else (0.0,))
-    plot = Plot(
-        x,
-        y,
-        title,
-        width=_TIMELINE_WIDTH,
-        height=height,
-        left=left,
-        right=_TIMELINE_RIGHT,
-        with_x_ticks=False,
-    )
-    points = [(index * series.bin_s, value or 0.0) for index, value in enumerate(values)]
-    points.append((len(values) * series.bin_s, points[-1][1]))
+def _strip(stack: _Stack, values: Numbers, title: str, style: str) -> str:
+    most = max((value for value in values if value is not None), default=0.0)
+    top = nice_top(most) if most else 1.0
+    plot = stack.plot(Axis(title, 0.0, top, words.number, tick_values=(0.0, top)), 92.0)
+    bin_s = stack.series.bin_s
+    points = [(index * bin_s, value or 0.0) for index, value in enumerate(values)]
+    points.append((len(values) * bin_s, points[-1][1]))
     corners = stepped(points)
     plot.area(corners, style)
     plot.line(corners, f"thin {style}")
     return plot.render()
 
 
-def _attainment_strip(series: RunSeries, x: Axis, left: float) -> str:
+def _attainment_strip(stack: _Stack) -> str:
     title = "of the requests that arrived then, met every objective"
     y = Axis(title, 0.0, 1.0, lambda value: f"{value * 100:.0f} %", tick_values=(0.0, 0.5, 1.0))
-    plot = Plot(
-        x, y, title, width=_TIMELINE_WIDTH, height=104.0, left=left, right=_TIMELINE_RIGHT, with_x_ticks=False
-    )
+    plot = stack.plot(y, 104.0)
+    series = stack.series
     pieces: list[list[Point]] = [[]]
     for index, value in enumerate(series.attainment):
         if value is None:
@@ -198,19 +225,20 @@ def _attainment_strip(series: RunSeries, x: Axis, left: float) -> str:
     return plot.render()
 
 
-def _heat(series: RunSeries, instances: Sequence[InstanceFigures], x: Axis, left: float) -> str:
+def _heat(stack: _Stack, instances: Sequence[InstanceFigures]) -> str:
     """Return requests on each instance over time as shades, one row per instance or group of them."""
+    series, x, left = stack.series, stack.x, stack.left
     rows = _grouped(series, instances)
     most = max((value for _, values, _ in rows for value in values), default=0.0) or 1.0
     top = 26.0
     height = top + _ROW_HEIGHT * len(rows) + 42.0
-    width = _TIMELINE_WIDTH - left - _TIMELINE_RIGHT
+    width = stack.width - left - _TIMELINE_RIGHT
     title = f"requests on each instance; strongest: {words.number(most)}"
     parts = [f'<text class="axis-title" x="0" y="12">{escape(title)}</text>']
-    parts.append(f'<text class="tick end" x="{coordinate(_TIMELINE_WIDTH)}" y="12">busy</text>')
+    parts.append(f'<text class="tick end" x="{coordinate(stack.width)}" y="12">busy</text>')
     for number, (name, values, busy_share) in enumerate(rows):
         y = top + number * _ROW_HEIGHT
-        for end_x, text in ((left - 7.0, name), (_TIMELINE_WIDTH, f"{busy_share * 100:.0f} %")):
+        for end_x, text in ((left - 7.0, name), (stack.width, f"{busy_share * 100:.0f} %")):
             place = f'x="{coordinate(end_x)}" y="{coordinate(y + 12)}"'
             parts.append(f'<text class="tick end" {place}>{escape(text)}</text>')
         parts += _heat_row(values, most, series.bin_s, x, left, width, y)
@@ -225,7 +253,7 @@ def _heat(series: RunSeries, instances: Sequence[InstanceFigures], x: Axis, left
         f'<text class="axis-title end" x="{coordinate(left + width)}" y="{coordinate(bottom + 36)}">'
         f"{x.title}</text>"
     )
-    return drawing("".join(parts), _TIMELINE_WIDTH, height, "Requests on each instance over time")
+    return drawing("".join(parts), stack.width, height, "Requests on each instance over time")
 
 
 def _grouped(series: RunSeries, instances: Sequence[InstanceFigures]) -> list[tuple[str, list[float], float]]:

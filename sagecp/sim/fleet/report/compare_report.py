@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from sagecp.sim.fleet.experiment import Bounds
 from sagecp.sim.fleet.report import words
 from sagecp.sim.fleet.report.about import configuration, reading_guide
 from sagecp.sim.fleet.report.comparison_charts import (
@@ -13,18 +13,31 @@ from sagecp.sim.fleet.report.comparison_charts import (
     LoadChart,
     factor_text,
     goodput_chart,
+    has_bands,
     load_chart,
     ratio_text,
     styles,
 )
 from sagecp.sim.fleet.report.contents import ReportContents
-from sagecp.sim.fleet.report.page import Cell, Row, Tile, page, section, side_by_side, table, tiles
+from sagecp.sim.fleet.report.page import (
+    Cell,
+    Row,
+    Tile,
+    in_two_widths,
+    page,
+    section,
+    side_by_side,
+    table,
+    tiles,
+)
 from sagecp.sim.fleet.report.summary import (
     METRICS_BY_NAME,
     TARGET_ATTAINMENT,
+    BoundsSummary,
     GoodputSummary,
     LoadSummary,
     best_baseline,
+    summarise_bounds,
     summarise_goodput,
     summarise_loads,
     told_columns,
@@ -40,6 +53,7 @@ _TABLE_COLUMNS = (
     "tpot_p95_s",
     "prefix_hit_share",
     "rejected_share",
+    "failed_share",
     "usd_per_1000_good",
 )
 _PERCENT = f"{TARGET_ATTAINMENT * 100:.0f} %"
@@ -62,7 +76,7 @@ def compare_page(contents: ReportContents) -> str:
                 f"Goodput at {_PERCENT}",
                 f"The largest load at which {_PERCENT} of the requests still meet every objective: "
                 f"interpolated between those that were run, seed by seed{_ratio_note(contents, goodputs)}",
-                goodput_chart(goodputs, style_of),
+                in_two_widths(lambda width: goodput_chart(goodputs, style_of, contents.load_unit, width)),
             )
         )
     parts += [
@@ -74,7 +88,7 @@ def compare_page(contents: ReportContents) -> str:
         ),
     ]
     if contents.bounds:
-        parts.append(_bounds_section(contents.bounds))
+        parts.append(_bounds_section(summarise_bounds(contents)))
     parts += [configuration(contents), reading_guide(contents)]
     return page(title, "\n".join(parts))
 
@@ -104,7 +118,7 @@ def _headline(
         rate = f"{BOUND_MARKS[leader.bound]}{words.rate(leader.rate.mean)}"
         entries.append(Tile(rate, f"{leader.label}: load with {_PERCENT} within objectives", is_lead=True))
         reference = best_baseline(contents, goodputs)
-        if reference is not None and leader.ratio is not None:
+        if reference is not None and leader.ratio is not None and leader.ratio_bound != "unknown":
             interval = ratio_text(leader).removeprefix(factor_text(leader)).strip()
             entries.append(
                 Tile(factor_text(leader), f"of the best baseline, {reference.label} {interval}".strip())
@@ -113,7 +127,13 @@ def _headline(
     known = {label: value.mean for label, value in at_top.items() if value is not None}
     shown = _best_of(known, [each.label for each in own]) + _best_of(known, sorted(baselines))
     return entries + [
-        Tile(words.share(known[label]), f"{label} at the highest load, scale {top:g}") for label in shown
+        Tile(
+            words.share(known[label]),
+            f"best baseline there: {label}"
+            if label in baselines
+            else f"{label}: met objectives at the highest load, scale {top:g}",
+        )
+        for label in shown
     ]
 
 
@@ -124,30 +144,40 @@ def _best_of(values: Mapping[str, float], labels: Sequence[str]) -> list[str]:
 
 def _ratio_note(contents: ReportContents, goodputs: Sequence[GoodputSummary]) -> str:
     reference = best_baseline(contents, goodputs)
-    if reference is None:
-        return "."
-    return f"; then the ratio to the best baseline, {reference.label}, in pairs of one seed."
+    text = "."
+    if reference is not None:
+        text = f"; then the ratio to the best baseline, {reference.label}, in pairs of one seed."
+    limits = [each.limit_per_s for each in summarise_bounds(contents) if each.limit_per_s is not None]
+    if limits:
+        # Hits follow from the order of arrival, not its speed: every scale has the same limit.
+        leader = max(goodputs, key=lambda each: each.rate.mean)
+        share = words.share(leader.rate.mean / limits[0])
+        text += (
+            f" With an ideal cache, every engine would be busy all the time at {words.rate(limits[0])}: "
+            f"{leader.label} reaches {BOUND_MARKS[leader.bound]}{share} of that."
+        )
+    return text
 
 
 def _attainment_section(
     contents: ReportContents, loads: Sequence[LoadSummary], style_of: Mapping[str, str]
 ) -> str:
-    unit = "session starts" if contents.is_closed_loop else "requests"
     about = "The share of requests that meet every objective, as more arrive."
     if len(contents.seeds) > 1:
-        about += f" Figures are means over {len(contents.seeds)} seeds, bands 95 % intervals of the mean."
-    chart = LoadChart("attainment", "met every objective", unit, contents.bounds)
-    return section("Against load", about, load_chart(chart, loads, style_of))
+        marks = "bands" if has_bands(contents.contenders) else "whiskers"
+        about += f" Figures are means over {len(contents.seeds)} seeds, {marks} 95 % intervals of the mean."
+    chart = LoadChart("attainment", "met every objective", contents.load_unit, summarise_bounds(contents))
+    drawn = in_two_widths(lambda width: load_chart(dataclasses.replace(chart, width=width), loads, style_of))
+    return section("Against load", about, drawn)
 
 
 def _other_charts(contents: ReportContents, loads: Sequence[LoadSummary], style_of: Mapping[str, str]) -> str:
-    unit = "session starts" if contents.is_closed_loop else "requests"
     charts = []
     for metric, title, axis in (
         ("token_weighted_attainment", "Weighted by prompt tokens", "of the prompt tokens"),
         ("long_attainment", "The third with the longest prompts", "of the longest third"),
     ):
-        chart = LoadChart(metric, axis, unit, width=560.0, height=360.0)
+        chart = LoadChart(metric, axis, contents.load_unit, width=560.0, height=360.0)
         charts.append((title, load_chart(chart, loads, style_of)))
     return section(
         "Who pays",
@@ -183,7 +213,7 @@ def _figure(load: LoadSummary, name: str) -> Cell:
     return Cell(words.interval(value, metric.kind), value.mean if is_bar and value is not None else None)
 
 
-def _bounds_section(bounds: Sequence[Bounds]) -> str:
+def _bounds_section(bounds: Sequence[BoundsSummary]) -> str:
     rows = [
         Row(
             (
@@ -192,6 +222,7 @@ def _bounds_section(bounds: Sequence[Bounds]) -> str:
                 Cell(words.share(each.infinite_hit_share)),
                 Cell(words.share(each.belady_hit_share)),
                 Cell(words.share(each.pooled_lru_hit_share)),
+                Cell(words.rate(each.limit_per_s)),
             )
         )
         for each in bounds
@@ -201,9 +232,10 @@ def _bounds_section(bounds: Sequence[Bounds]) -> str:
         "The attainment bound takes the least work that each request could need, with everything cached "
         "that could be, and lets the fleet do the smallest first: it is loose. Hit shares are of one cache "
         "for the whole fleet: endless; of the fleet's size with knowledge of the future (Belady); and of "
-        "that size with LRU, as engines evict.",
+        "that size with LRU, as engines evict. At the rate of the last column, all engines are busy with the "
+        "work that Belady's cache leaves; beyond it, some requests must go unserved, or wait for the end.",
         table(
-            ("Scale", "Attainment", "Hits, endless", "Hits, Belady", "Hits, pooled LRU"),
+            ("Scale", "Attainment", "Hits, endless", "Hits, Belady", "Hits, pooled LRU", "All busy at"),
             rows,
         ),
     )

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sagecp.sim.fleet.experiment import Bounds, Contender
+from sagecp.sim.fleet.experiment import Contender
 from sagecp.sim.fleet.intervals import Interval
 from sagecp.sim.fleet.report import words
 from sagecp.sim.fleet.report.charts import percent_axis
-from sagecp.sim.fleet.report.summary import TARGET_ATTAINMENT, Bound, GoodputSummary, LoadSummary
+from sagecp.sim.fleet.report.page import WIDE_CHART
+from sagecp.sim.fleet.report.summary import (
+    TARGET_ATTAINMENT,
+    Bound,
+    BoundsSummary,
+    GoodputSummary,
+    LoadSummary,
+)
 from sagecp.sim.fleet.report.svg import Axis, EndLabel, Plot, coordinate, text_width
 
 BOUND_MARKS: Mapping[Bound, str] = {"exact": "", "at_least": "≥ ", "at_most": "≤ ", "unknown": "about "}
@@ -17,6 +24,8 @@ _OWN_STYLES = 6
 _BASELINE_STYLES = 5
 # The interval of two values is so wide that it hides the chart.
 _FEWEST_SEEDS_OF_BAND = 3
+# More bands than these become one cloud; then intervals are drawn at the points.
+_MOST_BANDS = 2
 # Longer whiskers are cut, or they would make the bars too short to compare.
 _LONGEST_WHISKER = 1.6
 
@@ -35,6 +44,11 @@ def styles(contenders: Sequence[Contender]) -> dict[str, str]:
     return found
 
 
+def has_bands(contenders: Sequence[Contender]) -> bool:
+    """Whether intervals of some contenders are drawn as bands; where they would hide each other, whiskers."""
+    return sum(1 for each in contenders if not each.baseline) <= _MOST_BANDS
+
+
 @dataclass(frozen=True, slots=True)
 class LoadChart:
     """What a chart against load shows.
@@ -48,8 +62,8 @@ class LoadChart:
     metric: str
     title: str
     load_title: str
-    bounds: tuple[Bounds, ...] = ()
-    width: float = 1080.0
+    bounds: tuple[BoundsSummary, ...] = ()
+    width: float = WIDE_CHART
     height: float = 430.0
 
 
@@ -67,7 +81,7 @@ def load_chart(chart: LoadChart, loads: Sequence[LoadSummary], style_of: Mapping
     lowest = min(
         value.mean if value.low is None else value.low for curve in curves.values() for _, value in curve
     )
-    floor = 0.0 if lowest < 0.4 else max(0.0, int(lowest * 10.0 - 0.2) / 10.0)
+    floor = 0.0 if lowest < 0.4 else min(0.8, int(lowest * 10.0 - 0.2) / 10.0)
     labels = [f"{label} {words.share(curve[-1][1].mean)}" for label, curve in curves.items()]
     plot = Plot(
         Axis(f"{chart.load_title} per second", min(rates) - margin, max(rates) + margin, words.number),
@@ -75,20 +89,26 @@ def load_chart(chart: LoadChart, loads: Sequence[LoadSummary], style_of: Mapping
         f"{chart.title} against load",
         width=chart.width,
         height=chart.height,
-        right=24.0 + max(text_width(label) for label in labels),
+        right=20.0 + max(text_width(label, is_bold=True) for label in labels),
     )
     plot.horizontal(TARGET_ATTAINMENT, f"{TARGET_ATTAINMENT * 100:.0f} %")
     _draw_bounds(plot, chart.bounds, loads)
     # Policies are drawn over baselines, whose bands would hide each other.
     order = sorted(curves, key=lambda label: not style_of[label].startswith("b"))
+    own = [label for label in order if not style_of[label].startswith("b")]
     for label in order:
         band = [
             (rate, value.low, value.high)
             for rate, value in curves[label]
             if value.low is not None and value.high is not None and value.count >= _FEWEST_SEEDS_OF_BAND
         ]
-        if not style_of[label].startswith("b"):
+        if style_of[label].startswith("b"):
+            continue
+        if len(own) <= _MOST_BANDS:
             plot.band(band, style_of[label])
+        else:
+            for rate, low, high in band:
+                plot.whisker(rate, low, high, style_of[label], 5.0 * (own.index(label) - len(own) // 2))
     for label in order:
         style = style_of[label]
         plot.line([(rate, value.mean) for rate, value in curves[label]], style)
@@ -104,7 +124,7 @@ def load_chart(chart: LoadChart, loads: Sequence[LoadSummary], style_of: Mapping
     return plot.render()
 
 
-def _draw_bounds(plot: Plot, bounds: Sequence[Bounds], loads: Sequence[LoadSummary]) -> None:
+def _draw_bounds(plot: Plot, bounds: Sequence[BoundsSummary], loads: Sequence[LoadSummary]) -> None:
     rates = {each.scale: each.load_per_s.mean for each in reversed(loads)}
     points = [
         (rates[each.scale], each.attainment)
@@ -113,32 +133,39 @@ def _draw_bounds(plot: Plot, bounds: Sequence[Bounds], loads: Sequence[LoadSumma
     ]
     if points:
         plot.line(points, "limit")
-        plot.text_at(
-            plot.px(points[-1][0]), plot.py(points[-1][1]) + 15.0, "no policy can be above", "note end"
-        )
+        text = "dotted: no policy can be above"
+        plot.text_at(plot.left + plot.width, plot.top - 8.0, text, "note end")
 
 
-def goodput_chart(goodputs: Sequence[GoodputSummary], style_of: Mapping[str, str]) -> str:
+def goodput_chart(
+    goodputs: Sequence[GoodputSummary], style_of: Mapping[str, str], load_title: str, width: float
+) -> str:
     """Return the goodput of each contender with its interval, the largest first."""
     ordered = sorted(goodputs, key=lambda each: -each.rate.mean)
-    rates = {each.label: f"{BOUND_MARKS[each.bound]}{words.interval(each.rate, 'rate')}" for each in ordered}
-    ratios = {each.label: ratio_text(each) if each.ratio is not None else "" for each in ordered}
-    left = 20.0 + max(text_width(each.label) for each in ordered)
-    ratio_x = 34.0 + max(text_width(text) for text in rates.values())
-    right = ratio_x + max(text_width(text) for text in ratios.values())
+    is_wide = width >= WIDE_CHART
+    rates = {
+        each.label: BOUND_MARKS[each.bound]
+        + (words.interval(each.rate, "rate") if is_wide else words.rate(each.rate.mean))
+        for each in ordered
+    }
+    ratio = ratio_text if is_wide else factor_text
+    ratios = {each.label: ratio(each) if each.ratio is not None else "" for each in ordered}
+    left = 16.0 + max(text_width(each.label, is_bold=True) for each in ordered)
+    ratio_x = (26.0 if is_wide else 38.0) + max(text_width(text) for text in rates.values())
+    right = ratio_x + 8.0 + max(text_width(text, is_bold=True) for text in ratios.values())
     high = max(each.rate.high or each.rate.mean for each in ordered)
     high = min(high, _LONGEST_WHISKER * ordered[0].rate.mean)
     row_height = 26.0
     plot = Plot(
         Axis(
-            f"requests per second at {TARGET_ATTAINMENT * 100:.0f} % attainment",
+            f"{load_title} per second at {TARGET_ATTAINMENT * 100:.0f} % attainment",
             0.0,
             high * 1.02,
             words.number,
         ),
         Axis("", 0.0, 1.0, str, tick_values=()),
         "Goodput of each contender",
-        width=1080.0,
+        width=width,
         height=26.0 + row_height * len(ordered) + 42.0,
         left=left,
         right=right,

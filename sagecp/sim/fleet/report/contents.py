@@ -20,7 +20,7 @@ class ReportContents:
         trace_duration_s: Its length, likewise.
         contenders: In the order in which they are shown.
         runs: Of every contender at every scale with every seed.
-        bounds: By scale; empty: none were asked for.
+        bounds: At every scale with every seed; empty: none were asked for.
         event_log_names: Files beside the report.
     """
 
@@ -38,6 +38,11 @@ class ReportContents:
     runs: tuple[RunResult, ...]
     bounds: tuple[Bounds, ...] = ()
     event_log_names: tuple[str, ...] = ()
+
+    @property
+    def load_unit(self) -> str:
+        """What the load counts per second."""
+        return "session starts" if self.is_closed_loop else "requests"
 
     def runs_of(self, label: str, scale: float | None = None) -> tuple[RunResult, ...]:
         """Return a contender's runs, at one scale or at all of them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from html import escape
 
 from sagecp.sim.fleet.experiment import InstanceFigures, RunResult
@@ -10,12 +12,24 @@ from sagecp.sim.fleet.report.about import configuration, describe, reading_guide
 from sagecp.sim.fleet.report.charts import distribution_chart, length_chart, timeline
 from sagecp.sim.fleet.report.comparison_charts import LoadChart, load_chart, styles
 from sagecp.sim.fleet.report.contents import ReportContents
-from sagecp.sim.fleet.report.page import Cell, Row, Tile, page, section, side_by_side, table, tiles
+from sagecp.sim.fleet.report.page import (
+    Cell,
+    Row,
+    Tile,
+    in_two_widths,
+    note,
+    page,
+    section,
+    side_by_side,
+    table,
+    tiles,
+)
 from sagecp.sim.fleet.report.run_charts import RunCharts
 from sagecp.sim.fleet.report.summary import (
     METRICS_BY_NAME,
     TARGET_ATTAINMENT,
     LoadSummary,
+    summarise_bounds,
     summarise_loads,
     told_columns,
 )
@@ -31,18 +45,35 @@ _LOAD_COLUMNS = (
     "tpot_p95_s",
     "prefix_hit_share",
     "rejected_share",
+    "failed_share",
     "usd_per_1000_good",
 )
 _TILES = (
     ("attainment", "met every objective"),
     ("goodput_per_s", "good requests"),
     ("ttft_p50_s", "median time to first token"),
-    ("ttft_p99_s", "99th percentile of it"),
-    ("tpot_p95_s", "p95 per further token"),
+    ("ttft_p99_s", "p99 of the time to first token"),
+    ("tpot_p95_s", "p95 of the time per further token"),
     ("prefix_hit_share", "of prompt tokens were cached"),
     ("usd_per_1000_good", "per 1,000 good requests"),
 )
-_MOST_TENANTS = 50
+_MOST_ROWS = 12
+_DISTRIBUTIONS = (
+    "The share of the requests that had their token within a time: the further left a curve rises, the "
+    "better. Shaded or dashed is the objective."
+)
+_OVER_TIME = (
+    "What arrived; what the scheduler held back; how those fared that arrived at each moment; and how many "
+    "requests each instance held. Rows of one shade are balanced, a dark patch is a hot spot."
+)
+_BY_LENGTH = (
+    "Prompts of similar length together, beside their objective (dashed). Where p95 is above it, more than "
+    "one in twenty of that length misses."
+)
+_BY_INSTANCE = (
+    "Busy is the share of the run in which an engine computed; cached, the share of its prompt tokens that "
+    "it had computed before."
+)
 
 
 def run_page(contents: ReportContents) -> str:
@@ -87,16 +118,14 @@ def _focus(loads: tuple[LoadSummary, ...]) -> LoadSummary:
 
 def _subtitle(contents: ReportContents, focus: LoadSummary) -> str:
     contender = contents.contenders[0]
-    unit = "session starts" if contents.is_closed_loop else "requests"
-    text = f"{contents.workload.fleet}, {words.number(focus.load_per_s.mean)} {unit} per second"
+    text = f"{contents.workload.fleet}, {words.number(focus.load_per_s.mean)} {contents.load_unit} per second"
     if len(contents.scales) > 1:
         text += f" (scale {focus.scale:g})"
     return f"{text}; {describe(contender)}"
 
 
 def _load_name(contents: ReportContents, run: RunResult) -> str:
-    unit = "sessions" if contents.is_closed_loop else "requests"
-    return f"At {words.number(run.load_per_s)} {unit} per second, scale {run.scale:g}"
+    return f"At {words.number(run.load_per_s)} {contents.load_unit} per second, scale {run.scale:g}"
 
 
 def _load_note(contents: ReportContents, run: RunResult) -> str:
@@ -109,8 +138,9 @@ def _load_note(contents: ReportContents, run: RunResult) -> str:
 
 def _against_load(contents: ReportContents, loads: tuple[LoadSummary, ...]) -> str:
     style_of = styles(contents.contenders)
-    unit = "session starts" if contents.is_closed_loop else "requests"
-    chart = LoadChart("attainment", "met every objective", unit, contents.bounds, height=340.0)
+    chart = LoadChart(
+        "attainment", "met every objective", contents.load_unit, summarise_bounds(contents), height=340.0
+    )
     columns = told_columns(_LOAD_COLUMNS, loads)
     rows = [
         Row(
@@ -133,7 +163,7 @@ def _against_load(contents: ReportContents, loads: tuple[LoadSummary, ...]) -> s
     return section(
         "Against load",
         "How many requests still meet every objective as more arrive.",
-        load_chart(chart, loads, style_of),
+        in_two_widths(lambda width: load_chart(dataclasses.replace(chart, width=width), loads, style_of)),
         table(titles, rows),
         side_by_side(
             (
@@ -154,7 +184,7 @@ def _against_load(contents: ReportContents, loads: tuple[LoadSummary, ...]) -> s
 
 def _figure(load: LoadSummary, name: str) -> Cell:
     metric, value = METRICS_BY_NAME[name], load.figures[name]
-    is_bar = metric.kind == "share" and value is not None and name != "rejected_share"
+    is_bar = metric.kind == "share" and value is not None and name not in {"rejected_share", "failed_share"}
     share = value.mean if is_bar and value is not None else None
     return Cell(words.interval(value, metric.kind), share)
 
@@ -163,7 +193,8 @@ def _details(run: RunResult) -> str:
     parts: list[str] = []
     if run.charts is not None:
         parts.append(_distributions(run.charts))
-        parts += ["<h3>Over time</h3>", timeline(run)]
+        parts += ["<h3>Over time</h3>", note(_OVER_TIME), in_two_widths(lambda width: timeline(run, width))]
+        parts.append(note(_BY_LENGTH))
         parts.append(
             side_by_side(
                 ("Time to first token by prompt length", length_chart(run.charts.by_length)),
@@ -172,13 +203,13 @@ def _details(run: RunResult) -> str:
         )
     parts.append(_priority_table(run))
     parts.append(_tenant_table(run))
-    parts += ["<h3>By instance</h3>", _instance_table(run.instances)]
+    parts += ["<h3>By instance</h3>", note(_BY_INSTANCE), _instance_table(run.instances)]
     return "".join(parts)
 
 
 def _distributions(charts: RunCharts) -> str:
     ttft_met, tpot_met = charts.ttft.objective_met_share, charts.tpot.objective_met_share
-    return side_by_side(
+    return note(_DISTRIBUTIONS) + side_by_side(
         (
             f"Time to first token: {words.share(ttft_met)} met the objective",
             distribution_chart("time to first token", [("", charts.ttft, "c0")]),
@@ -248,13 +279,11 @@ def _tenant_table(run: RunResult) -> str:
                 Cell(words.count(each.rejected_count)),
             )
         )
-        for each in tenants[:_MOST_TENANTS]
+        for each in tenants
     ]
     titles = ("Tenant", "Requests", "Met objectives", "TTFT p50", "p99", "Served / fair share", "Rejected")
-    rest = len(tenants) - _MOST_TENANTS
-    more = f'<p class="about">And {words.plural(rest, "smaller tenant")}.</p>' if rest > 0 else ""
     fairness = f"Jain's index {words.number(run.statistics.jain_index)}; largest demand first."
-    return f'<h3>By tenant</h3><p class="about">{escape(fairness)}</p>{table(titles, rows)}{more}'
+    return "<h3>By tenant</h3>" + note(fairness) + _folded(titles, rows, "smaller tenant")
 
 
 def _instance_table(instances: tuple[InstanceFigures, ...]) -> str:
@@ -281,7 +310,15 @@ def _instance_table(instances: tuple[InstanceFigures, ...]) -> str:
     titles = (
         "Instance", "Requests", "Tokens in", "Tokens out", "Cached", "TTFT p50", "p99", "Busy", "Per hour"
     )  # fmt: skip
-    if len(rows) <= _MOST_TENANTS:
+    return _folded(titles, rows, "further instance")
+
+
+def _folded(titles: Sequence[str], rows: Sequence[Row], rest: str) -> str:
+    """Return a table; of a long one, only its beginning is shown at once."""
+    if len(rows) <= _MOST_ROWS + 2:
         return table(titles, rows)
-    name = words.plural(len(rows), "instance")
-    return f"<details><summary>{name}</summary>{table(titles, rows)}</details>"
+    name = words.plural(len(rows) - _MOST_ROWS, rest)
+    return (
+        table(titles, rows[:_MOST_ROWS])
+        + f"<details><summary>{name}</summary>{table(titles, rows[_MOST_ROWS:])}</details>"
+    )

@@ -13,6 +13,7 @@ from sagecp.sim.fleet.report.summary import (
     TARGET_ATTAINMENT,
     GoodputSummary,
     LoadSummary,
+    summarise_bounds,
     summarise_goodput,
     summarise_loads,
 )
@@ -44,6 +45,7 @@ def report_object(contents: ReportContents) -> dict[str, Any]:
             "limit": workload.limit,
             "sessions_per_s": workload.sessions_per_s,
             "longest_think_s": workload.longest_think_s,
+            "rates": None if workload.rates_path is None else workload.rates_path.name,
         },
         "fleet": {
             "text": workload.fleet,
@@ -73,7 +75,8 @@ def report_object(contents: ReportContents) -> dict[str, Any]:
         "summary": summary_objects(summarise_loads(contents)),
         "target_attainment": TARGET_ATTAINMENT,
         "goodput": [_goodput(each) for each in summarise_goodput(contents)],
-        "bounds": [dataclasses.asdict(each) for each in contents.bounds],
+        "bounds": [dataclasses.asdict(each) for each in summarise_bounds(contents)],
+        "bounds_by_seed": [dataclasses.asdict(each) for each in contents.bounds],
         "event_logs": list(contents.event_log_names),
         "runs": [_run(each) for each in contents.runs],
     }

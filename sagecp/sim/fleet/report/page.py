@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+WIDE_CHART = 1080.0
+"""Width of a chart over the whole page, in units of the drawing."""
+NARROW_CHART = 520.0
+"""Width of a chart on a phone, or of one of two side by side."""
+
+# Units that an interval has once, after its spread; below the mean they are wanted twice.
+_UNITS = (" %", "/s")
 # Nothing may be fetched, whatever a trace or a label holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -99,7 +106,8 @@ def _cell(cell: Cell) -> str:
     mark = f'<i class="key {cell.style}"></i>' if cell.style else ""
     # Of a mean with its interval, the mean is what is read first.
     mean, sign, spread = escape(cell.text).partition(" ± ")
-    text = f"{mark}{mean}<small> ± {spread}</small>" if sign else f"{mark}{mean}"
+    unit = next((each for each in _UNITS if spread.endswith(each)), "")
+    text = f"{mark}{mean}{unit}<small> ± {spread}</small>" if sign else f"{mark}{mean}"
     if cell.share is None:
         return f"<td>{text}</td>"
     return f'<td class="share" style="--v:{cell.share * 100:.1f}%">{text}</td>'
@@ -111,10 +119,24 @@ def pairs(entries: Sequence[tuple[str, str]]) -> str:
     return f"<dl>{rows}</dl>"
 
 
+def note(text: str) -> str:
+    """Return a sentence that says how to read what follows."""
+    return f'<p class="about">{escape(text)}</p>'
+
+
 def section(title: str, about: str, *content: str) -> str:
     """Return a section: a heading, a sentence that says how to read it, and what it shows."""
-    note = f'<p class="about">{escape(about)}</p>' if about else ""
-    return f"<section><h2>{escape(title)}</h2>{note}{''.join(content)}</section>"
+    reading = note(about) if about else ""
+    return f"<section><h2>{escape(title)}</h2>{reading}{''.join(content)}</section>"
+
+
+def in_two_widths(draw: Callable[[float], str]) -> str:
+    """Return a chart drawn for a wide screen and for a phone, of which each shows one.
+
+    Args:
+        draw: Makes the chart in a width.
+    """
+    return f'<div class="for-wide">{draw(WIDE_CHART)}</div><div class="for-narrow">{draw(NARROW_CHART)}</div>'
 
 
 def side_by_side(*figures: tuple[str, str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sagecp.core.types import DurationQuantiles
 from sagecp.sim.fleet.experiment import RunResult
 from sagecp.sim.fleet.intervals import GoodputAt, Interval, goodput_at, mean_confidence
 from sagecp.sim.fleet.report.contents import ReportContents
@@ -35,6 +36,12 @@ class Metric:
     about: str
 
 
+def _known(quantiles: DurationQuantiles, name: str) -> float | None:
+    """Return a quantile; ``None`` where nothing was measured."""
+    value: float = getattr(quantiles, name)
+    return value if quantiles.sample_count else None
+
+
 METRICS: tuple[Metric, ...] = (
     Metric("attainment", "SLO attainment", "share", lambda s: s.attainment,
            "Requests that met every objective, over all; a rejected one is a miss."),
@@ -48,14 +55,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("worst_tenant_attainment", "Worst tenant", "share",
            lambda s: s.worst_tenant_attainment if len(s.tenants) > 1 else None,
            "Lowest attainment of a tenant with 50 requests or more, where there are several tenants."),
-    Metric("ttft_p50_s", "TTFT p50", "seconds", lambda s: s.ttft.p50_s, "Median time to the first token."),
-    Metric("ttft_p95_s", "TTFT p95", "seconds", lambda s: s.ttft.p95_s, "95th percentile of it."),
-    Metric("ttft_p99_s", "TTFT p99", "seconds", lambda s: s.ttft.p99_s, "99th percentile of it."),
-    Metric("tpot_p50_s", "TPOT p50", "seconds", lambda s: s.tpot.p50_s, "Median time per further token."),
-    Metric("tpot_p95_s", "TPOT p95", "seconds", lambda s: s.tpot.p95_s, "95th percentile of it."),
+    Metric("ttft_p50_s", "TTFT p50", "seconds", lambda s: _known(s.ttft, "p50_s"),
+           "Median time to the first token."),
+    Metric("ttft_p95_s", "TTFT p95", "seconds", lambda s: _known(s.ttft, "p95_s"), "95th percentile of it."),
+    Metric("ttft_p99_s", "TTFT p99", "seconds", lambda s: _known(s.ttft, "p99_s"), "99th percentile of it."),
+    Metric("tpot_p50_s", "TPOT p50", "seconds", lambda s: _known(s.tpot, "p50_s"),
+           "Median time per further token."),
+    Metric("tpot_p95_s", "TPOT p95", "seconds", lambda s: _known(s.tpot, "p95_s"), "95th percentile of it."),
     Metric("prefix_hit_share", "Prefix hits", "share", lambda s: s.prefix_hit_share,
            "Prompt tokens that engines had cached."),
     Metric("rejected_share", "Rejected", "share", lambda s: s.rejected_share, "Requests refused at once."),
+    Metric("failed_share", "Failed", "share", lambda s: s.failed_share,
+           "Requests given to an instance whose memory could never hold them, and refused by its engine."),
     Metric("usd_per_1000_good", "Per 1,000 good", "usd", lambda s: s.usd_per_1000_good,
            "Price of the fleet's time per 1,000 requests that met every objective."),
     Metric("jain_index", "Jain's index", "number", lambda s: s.jain_index if len(s.tenants) > 1 else None,
@@ -109,6 +120,42 @@ def summarise_loads(contents: ReportContents) -> tuple[LoadSummary, ...]:
         for contender in contents.contenders
         for scale in contents.scales
     )
+
+
+@dataclass(frozen=True, slots=True)
+class BoundsSummary:
+    """Mean bounds at one scale over the seeds, which the mean of runs is below. ``None``: unknown."""
+
+    scale: float
+    attainment: float | None
+    infinite_hit_share: float | None
+    belady_hit_share: float | None
+    pooled_lru_hit_share: float | None
+    limit_per_s: float | None
+
+
+def summarise_bounds(contents: ReportContents) -> tuple[BoundsSummary, ...]:
+    """Return the mean bounds of every scale that has some."""
+    found: list[BoundsSummary] = []
+    for scale in contents.scales:
+        here = [each for each in contents.bounds if each.scale == scale]
+        if here:
+            found.append(
+                BoundsSummary(
+                    scale,
+                    _mean([each.attainment for each in here]),
+                    _mean([each.infinite_hit_share for each in here]),
+                    _mean([each.belady_hit_share for each in here]),
+                    _mean([each.pooled_lru_hit_share for each in here]),
+                    _mean([each.limit_per_s for each in here]),
+                )
+            )
+    return tuple(found)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def told_columns(names: Sequence[str], loads: Sequence[LoadSummary]) -> tuple[str, ...]:

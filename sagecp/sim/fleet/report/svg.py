@@ -11,12 +11,21 @@ Point = tuple[float, float]
 
 _FONT_HEIGHT = 13.0
 _CHARACTER_WIDTH = 6.3
+_BOLD_CHARACTER_WIDTH = 7.2
 _NICE_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
-def text_width(text: str) -> float:
-    """Return about how wide a label is."""
-    return len(text) * _CHARACTER_WIDTH
+def text_width(text: str, *, is_bold: bool = False) -> float:
+    """Return about how wide a label is, in the widest of usual fonts."""
+    return len(text) * (_BOLD_CHARACTER_WIDTH if is_bold else _CHARACTER_WIDTH)
+
+
+def nice_top(value: float) -> float:
+    """Return the least round value that is not below a value above 0."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(
+        step * power for step in (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0) if step * power >= value
+    )
 
 
 def stepped(points: Sequence[Point]) -> list[Point]:
@@ -162,6 +171,14 @@ class Plot:
             outline = [(x, high) for x, _, high in ranges]
             outline += [(x, low) for x, low, _ in reversed(ranges)]
             self._parts.append(f'<path class="band {style}" d="{self._path(outline)}Z"/>')
+
+    def whisker(self, x: float, low: float, high: float, style: str, dx: float = 0.0) -> None:
+        """Draw an interval of the vertical axis, a little beside its point."""
+        place, top, bottom = self.px(x) + dx, self.py(high), self.py(low)
+        self._parts.append(
+            f'<path class="interval {style}" d="M{coordinate(place)} {coordinate(top)}V{coordinate(bottom)}'
+            f'M{coordinate(place - 3)} {coordinate(top)}h6M{coordinate(place - 3)} {coordinate(bottom)}h6"/>'
+        )
 
     def dot(self, point: Point, style: str, detail: str = "", radius: float = 3.5) -> None:
         """Draw a point; the detail is shown when the pointer rests on it."""
