@@ -169,7 +169,7 @@ def test_the_worst_tenant_has_enough_requests_to_say_so() -> None:
         served(outcomes, number, tenant_id="worse", ttft_slo_s=1.0 if number < 20 else 9.0)
     for number in range(49):
         missed(outcomes, number, OutcomeState.REJECTED, tenant_id="few")
-    figures = summarise(outcomes, FLEET, duration_s=50.0)
+    figures = summarise(outcomes, FLEET, duration_s=100.0)
     assert (figures.worst_tenant_id, figures.worst_tenant_attainment) == ("worse", 0.6)
     by_name = {tenant.tenant_id: tenant for tenant in figures.tenants}
     # 50 requests of 100 prompt tokens and twice 11 output tokens.
@@ -233,7 +233,25 @@ def test_fairness_counts_what_was_computed_against_what_was_fair() -> None:
     assert service.share.tolist() == [245.0, 245.0]
     # x = 300/245 and 190/245.
     expected = 490**2 / (2 * (300**2 + 190**2))
-    assert summarise(outcomes, FLEET, duration_s=1.0).jain_index == pytest.approx(expected)
+    assert summarise(outcomes, FLEET, duration_s=1000.0).jain_index == pytest.approx(expected)
+
+
+def test_fairness_is_about_the_time_in_which_there_was_load() -> None:
+    outcomes = Outcomes()
+    # Both ask for the same; "b" is served when the load is over.
+    objectives = {"ttft_slo_s": 5.0, "tpot_slo_s": 0.1, "output_token_count": 51, "prompt_token_count": 98}
+    served(outcomes, 0.0, tenant_id="a", dispatch_s=0.0, first_token_s=1.0, finish_s=9.0, **objectives)
+    served(outcomes, 0.0, tenant_id="b", dispatch_s=20.0, first_token_s=21.0, finish_s=30.0, **objectives)
+    rows = outcomes.as_arrays()
+    early = tenant_service(rows, 10.0)
+    assert early.demand.tolist() == [200.0, 200.0]
+    assert early.served.tolist() == [200.0, 0.0]
+    assert jain_index(early.normalized) == pytest.approx(0.5)
+    assert jain_index(tenant_service(rows).normalized) == pytest.approx(1.0)
+    # After half of the ten seconds that the objectives allow, half is due: nobody is ahead of that.
+    half = tenant_service(rows, 5.0)
+    assert half.demand.tolist() == [100.0, 100.0]
+    assert half.served.tolist() == [100.0, 0.0]
 
 
 def test_lag_is_measured_while_both_wait() -> None:

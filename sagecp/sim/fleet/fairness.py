@@ -3,11 +3,15 @@
 Service is counted in weighted tokens as in VTC (OSDI'24): a prompt token that
 was computed counts 1, an output token 2. Prompt tokens found in a cache cost
 the fleet next to nothing and count nothing.
+
+Everybody is served completely in the end, when the load is over. What can be
+unfair is who is served while it lasts, so service is counted up to then.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +30,9 @@ class TenantService:
     """What tenants asked for and got, in weighted tokens; arrays by tenant.
 
     Attributes:
-        demand: What complete answers to all requests would have been.
-        served: What was computed.
+        demand: What was due: the whole answers, or of those that the objectives allow more time for
+            a part in proportion.
+        served: What was computed, at most the demand: more, before it is due, is nobody's loss.
         share: What is fair to give: the max-min fair division of all that was served, so nobody's
             is above their demand.
     """
@@ -44,15 +49,36 @@ class TenantService:
         return ratios
 
 
-def tenant_service(rows: OutcomeArrays) -> TenantService:
-    """Return each tenant's demand, service and fair share."""
+def tenant_service(rows: OutcomeArrays, until_s: float = math.inf) -> TenantService:
+    """Return each tenant's demand, service and fair share up to a time.
+
+    Args:
+        rows: The requests.
+        until_s: The time; a request that has no objectives is due when it arrives.
+    """
     prompts, produced = _weighted(rows)
     wanted = prompts + rows.output_token_count * OUTPUT_TOKEN_WEIGHT
-    given = np.where(np.isfinite(rows.first_token_s), prompts + produced, 0.0)
+    allowed_s = rows.ttft_slo_s + np.maximum(0, rows.output_token_count - 1) * rows.tpot_slo_s
+    due = wanted * _elapsed_share(rows.arrival_s, np.nan_to_num(allowed_s, nan=0.0), until_s)
+    started = np.isfinite(rows.first_token_s) & (rows.first_token_s <= until_s)
+    decode_s = np.nan_to_num(rows.finish_s - rows.first_token_s, nan=0.0)
+    given = prompts + produced * _elapsed_share(rows.first_token_s, decode_s, until_s)
     demand, served = np.zeros(len(rows.tenant_ids)), np.zeros(len(rows.tenant_ids))
-    np.add.at(demand, rows.tenant_index, wanted)
-    np.add.at(served, rows.tenant_index, given)
+    np.add.at(demand, rows.tenant_index, due)
+    np.add.at(served, rows.tenant_index, np.where(started, given, 0.0))
+    served = np.minimum(served, demand)
     return TenantService(demand, served, max_min_fair(demand, float(served.sum())))
+
+
+def _elapsed_share(start_s: Floats, duration_s: Floats, until_s: float) -> Floats:
+    """Return how much of each span is over by a time, 0 to 1."""
+    if until_s == math.inf:
+        return np.ones(len(start_s))
+    # A span without any length is over when it begins.
+    elapsed_s = until_s - start_s
+    shares = np.where(elapsed_s >= 0.0, 1.0, 0.0)
+    np.divide(elapsed_s, duration_s, out=shares, where=duration_s > 0.0)
+    return np.asarray(np.clip(shares, 0.0, 1.0))
 
 
 def _weighted(rows: OutcomeArrays) -> tuple[Floats, Floats]:

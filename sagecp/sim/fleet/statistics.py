@@ -73,8 +73,8 @@ class TenantStatistics:
 
     Attributes:
         attainment: Share of good ones.
-        demand: Service that all its requests asked for.
-        served: Service that it got.
+        demand: Service that was due to it while the load lasted.
+        served: Service that it got until then, at most its demand.
         fair_share: Service that was fair to give it.
         served_over_fair_share: 1 is fair; ``None`` where nothing was asked for or served to anyone.
     """
@@ -172,7 +172,7 @@ def summarise(
     good = rows.good
     good_count = int(good.sum())
     has_first = np.isfinite(rows.first_token_s)
-    service = tenant_service(rows)
+    service = tenant_service(rows, duration_s)
     tenants = _tenants(rows, good, service)
     worst = min(
         (tenant for tenant in tenants if tenant.request_count >= _FEWEST_REQUESTS_OF_WORST_TENANT),
