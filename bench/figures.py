@@ -89,6 +89,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         ("slo_aware",), (),
         ("--stale", "500ms", "--event-delay", "20ms", "--model-error", "0.25", "--no-bounds"),
     ),
+    "slow_instance": Experiment(
+        "mooncake_conv_a.jsonl.gz", "8x70b-h100-tp4", "1,1.4", 600, 3,
+        ("slo_aware",), ("min_ttft", "least_connections"), ("--slow", "0@60s=10", "--no-bounds"),
+    ),
     "synthetic": Experiment(
         "mooncake_synth.jsonl.gz", "8x70b-h100-tp4", "1,1.3,1.6,1.8,2", 300, 3,
         ("slo_aware", "adaptive"), (*_EARLY[:3], *_LATE),
