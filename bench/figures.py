@@ -25,8 +25,8 @@ _WORKLOADS = Path(__file__).parent / "workloads"
 _EARLY = (
     "min_ttft",
     "reject:min_ttft_reject?ttft_margin=0.9",
-    "llmd_predicted_latency?ttft_weight=0.6",
-    "dynamo?overlap_weight=2&prefill_weight=16&prefix_source=dispatches",
+    "llmd_predicted:llmd_predicted_latency?ttft_weight=0.6",
+    "dynamo:dynamo?overlap_weight=2&prefill_weight=16&prefix_source=dispatches",
     "llmd_default",
 )
 # Late binding alone, with exact knowledge of the engines: to tell what the rest is worth.
@@ -116,7 +116,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "sessions": Experiment(
         "agentic_coding_a.jsonl.gz", "2x70b-h100-tp8", "0.2,0.5,1,2,4", 1200, 3,
         ("slo_aware", "slo_aware/locality", "slo_aware/affinity"),
-        (*_EARLY[:3], "consistent_hash?load_bound=1.1"),
+        (*_EARLY[:3], "consistent_hash:consistent_hash?load_bound=1.1"),
         ("--sessions-per-s", "0.05", "--longest-think", "60s"),
     ),
 }  # fmt: skip

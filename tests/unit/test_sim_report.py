@@ -14,6 +14,7 @@ import pytest
 from sagecp.sim.fleet.experiment import Bounds, Contender, RunResult, RunTask, Workload
 from sagecp.sim.fleet.fleet_file import read_fleet
 from sagecp.sim.fleet.intervals import mean_confidence
+from sagecp.sim.fleet.report import words
 from sagecp.sim.fleet.report.compare_report import compare_page
 from sagecp.sim.fleet.report.contents import ReportContents
 from sagecp.sim.fleet.report.html_report import run_page
@@ -295,3 +296,10 @@ class TestPages:
         figures = json.loads(report_json(contents))["summary"][0]["figures"]
         assert figures["ttft_p50_s"] is None
         assert figures["attainment"]["mean"] == 0.0
+
+
+def test_charts_shorten_labels_that_carry_many_parameters() -> None:
+    assert words.shortened("slo_aware/locality") == "slo_aware/locality"
+    long = words.shortened("dynamo?overlap_weight=2&prefill_weight=16")
+    assert long == "dynamo?overlap_weight=2&prefi…"
+    assert len(long) == 30

@@ -82,7 +82,7 @@ def load_chart(chart: LoadChart, loads: Sequence[LoadSummary], style_of: Mapping
         value.mean if value.low is None else value.low for curve in curves.values() for _, value in curve
     )
     floor = 0.0 if lowest < 0.4 else min(0.8, int(lowest * 10.0 - 0.2) / 10.0)
-    labels = [f"{label} {words.share(curve[-1][1].mean)}" for label, curve in curves.items()]
+    labels = [f"{words.shortened(label)} {words.share(curve[-1][1].mean)}" for label, curve in curves.items()]
     plot = Plot(
         Axis(f"{chart.load_title} per second", min(rates) - margin, max(rates) + margin, words.number),
         percent_axis(chart.title, floor, 1.0),
@@ -150,7 +150,7 @@ def goodput_chart(
     }
     ratio = ratio_text if is_wide else factor_text
     ratios = {each.label: ratio(each) if each.ratio is not None else "" for each in ordered}
-    left = 16.0 + max(text_width(each.label, is_bold=True) for each in ordered)
+    left = 16.0 + max(text_width(words.shortened(each.label), is_bold=True) for each in ordered)
     ratio_x = (26.0 if is_wide else 38.0) + max(text_width(text) for text in rates.values())
     right = ratio_x + 8.0 + max(text_width(text, is_bold=True) for text in ratios.values())
     high = max(each.rate.high or each.rate.mean for each in ordered)
@@ -181,7 +181,7 @@ def goodput_chart(
         if each.rate.low is not None and each.rate.high is not None:
             low_x, high_x = plot.px(each.rate.low), plot.px(each.rate.high)
             plot.add(f'<path class="whisker" d="M{coordinate(low_x)} {coordinate(y)}H{coordinate(high_x)}"/>')
-        plot.text_at(plot.left - 8.0, y + 4.0, each.label, f"label end {style}")
+        plot.text_at(plot.left - 8.0, y + 4.0, words.shortened(each.label), f"label end {style}")
         end = plot.left + plot.width
         plot.text_at(end + 14.0, y + 4.0, rates[each.label], "tick")
         plot.text_at(end + ratio_x, y + 4.0, ratios[each.label], f"label {style}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from sagecp.sim.fleet.intervals import Interval
 
 UNKNOWN = "–"  # noqa: RUF001 - an en dash, as printers use it
+# More characters squeeze the chart that they stand beside.
+_LONGEST_LABEL = 30
 
 
 def share(value: float | None) -> str:
@@ -86,3 +88,8 @@ def interval(value: Interval | None, kind: str) -> str:
 def plural(value: int, noun: str) -> str:
     """Return a count with its noun."""
     return f"{value:,} {noun}" if value == 1 else f"{value:,} {noun}s"
+
+
+def shortened(label: str) -> str:
+    """Return a label as charts have room for it: one that carries parameters may be long."""
+    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
