@@ -37,6 +37,10 @@ HOLDER_CANDIDATE_LIMIT = 16
 CLOSED_CANDIDATE_LIMIT = 8
 # A fleet up to this size is looked at as a whole.
 WHOLE_FLEET_LIMIT = 16
+# Most requests of a model that wait for better instances of a larger fleet, one for each: an
+# instance that opens takes about one. Below the bound on passing, or those that wait for the
+# few that open next would keep everybody from the many that are open.
+WAITER_LIMIT = 16
 _PACING_TIME_S = 5.0
 
 Start = Callable[[RequestRecord, InstanceRecord, SchedulingDecision, float], None]
@@ -79,6 +83,11 @@ class Dispatcher:
         self._random = generator
         self._start = start
         self._membership_version = -1
+        # By model, for one dispatch: instances with this token limit or more are kept for a
+        # request too long for the others, or what is passed would never have its turn.
+        self._kept_from: dict[str, float] = {}
+        # By model and awaited instance; those whose wait is over are left out when it is read.
+        self._waiters: dict[str, dict[str, RequestRecord]] = {}
         self.settings: SchedulingSettings
         self.policy: SchedulingPolicy
         self.parameters: Mapping[str, float] = {}
@@ -109,7 +118,8 @@ class Dispatcher:
 
         The order holds over all models, because one instance may serve several.
         Within a model nobody overtakes a request that is only too big for the
-        room there is, or it would never have its turn.
+        room there is, or it would never have its turn; except on instances that
+        could not hold it if they were empty.
         """
         fleet, queue = self._fleet, self._queue
         for instance in fleet.pop_openings(now):
@@ -125,6 +135,7 @@ class Dispatcher:
             self._membership_version = fleet.membership_version
             self.strategy.note_fleet(sorted(instance.instance_id for instance in fleet))
         heapq.heapify(heads)
+        self._kept_from.clear()
         passed: dict[str, int] = {}
         stepped: dict[str, WaitingLine] = {}
         demoted_count = 0
@@ -152,21 +163,22 @@ class Dispatcher:
     def _consider(
         self, record: RequestRecord, line: WaitingLine, now: float, *, may_demote: bool
     ) -> _Verdict:
-        if record.wait_until_s > now:
-            awaited = self._fleet.find(record.waits_for)
-            if awaited is not None and awaited.gate_closed and awaited.state is InstanceState.READY:
-                return _Verdict.PASSED
+        if self._is_waiting(record, now):
+            return _Verdict.PASSED
         open_instances = self._open_candidates(record)
         if not open_instances:
-            return _Verdict.BLOCKED
+            return self._leave_waiting(record)
         usable = self._prefer_untried(record, open_instances)
         if not usable:
             return _Verdict.PASSED
+        # How long the answer gets is a guess: a preference, and nothing to wait for.
+        expected = record.expected_token_count
+        usable = [instance for instance in usable if instance.token_limit >= expected] or usable
         policy = self.policy
         matches = self._index.match(record.digest.block_hashes) if record.digest.block_hashes else {}
         instances = list(usable)
         if policy.is_patient and self.strategy.is_loss:
-            instances += self._closed_candidates(record, matches)
+            instances += self._closed_candidates(record, matches, now)
         may_demote = (
             may_demote
             and policy.demotes
@@ -184,18 +196,48 @@ class Dispatcher:
         if choice.chosen is None:
             record.waits_for = choice.best.instance_id
             record.wait_until_s = now + choice.best.opens_in_s
+            if len(self._fleet) > WHOLE_FLEET_LIMIT:
+                self._waiters.setdefault(record.model, {})[record.waits_for] = record
             return _Verdict.PASSED
         instance = self._fleet.get(choice.chosen.instance_id)
         self._start(record, instance, self._receipt(record, inputs, choice, len(usable), now), now)
         return _Verdict.STARTED
 
+    def _is_waiting(self, record: RequestRecord, now: float) -> bool:
+        """Return whether a request waits for a busy instance, which still is."""
+        if record.wait_until_s <= now:
+            return False
+        awaited = self._fleet.find(record.waits_for)
+        return awaited is not None and awaited.gate_closed and awaited.state is InstanceState.READY
+
+    def _awaited(self, model: str, now: float) -> dict[str, RequestRecord]:
+        """Return which instances of a large fleet requests of a model wait for, with the requests."""
+        waiters = self._waiters.get(model, {})
+        for instance_id, record in list(waiters.items()):
+            if not (record.queued and record.waits_for == instance_id and self._is_waiting(record, now)):
+                del waiters[instance_id]
+        if not waiters:
+            self._waiters.pop(model, None)
+        return waiters
+
+    def _leave_waiting(self, record: RequestRecord) -> _Verdict:
+        """Let others pass a request without room, but only to instances that could never hold it."""
+        model, least = record.model, self._fleet.least_token_limit(record)
+        kept_from = min(least, self._kept_from.get(model, math.inf))
+        if not self._fleet.has_open_below(model, kept_from):
+            return _Verdict.BLOCKED
+        self._kept_from[model] = kept_from
+        return _Verdict.PASSED
+
     # -- candidates ----------------------------------------------------------------
 
     def _open_candidates(self, record: RequestRecord) -> list[InstanceRecord]:
         """Return open instances with room: all of a small fleet, a sample of a large one."""
-        found = self._fleet.with_room_for(record, OPEN_CANDIDATE_LIMIT)
+        kept_from = self._kept_from.get(record.model, math.inf)
+        found = self._fleet.with_room_for(record, OPEN_CANDIDATE_LIMIT, kept_from)
         if len(found) == OPEN_CANDIDATE_LIMIT:
             known = {instance.instance_id for instance in found}
+            least = self._fleet.least_token_limit(record)
             wanted = [*self.strategy.wants(record)]
             if record.digest.block_hashes:
                 wanted += list(self._index.match(record.digest.block_hashes))[:HOLDER_CANDIDATE_LIMIT]
@@ -207,14 +249,22 @@ class Dispatcher:
                     and instance.is_open
                     and record.model in instance.spec.served_models
                     and instance.fits(record)
+                    and instance.token_limit >= least
+                    and (instance.token_limit < kept_from or kept_from == math.inf)
                 ):
                     known.add(instance_id)
                     found.append(instance)
         return found
 
-    def _closed_candidates(self, record: RequestRecord, matches: Mapping[str, int]) -> list[InstanceRecord]:
+    def _closed_candidates(
+        self, record: RequestRecord, matches: Mapping[str, int], now: float
+    ) -> list[InstanceRecord]:
         """Return instances that only wait for prefill to be done, and could be worth waiting for."""
-        limit = WHOLE_FLEET_LIMIT if len(self._fleet) <= WHOLE_FLEET_LIMIT else CLOSED_CANDIDATE_LIMIT
+        limit, awaited = WHOLE_FLEET_LIMIT, {}
+        if len(self._fleet) > WHOLE_FLEET_LIMIT:
+            limit, awaited = CLOSED_CANDIDATE_LIMIT, self._awaited(record.model, now)
+            if len(awaited) >= WAITER_LIMIT:
+                return []
         found = self._fleet.closed_gates(record.model, limit)
         known = {instance.instance_id for instance in found}
         for instance_id in list(matches)[:HOLDER_CANDIDATE_LIMIT]:
@@ -227,10 +277,13 @@ class Dispatcher:
                 and record.model in instance.spec.served_models
             ):
                 found.append(instance)
+        least = self._fleet.least_token_limit(record)
         return [
             instance
             for instance in found
-            if instance.instance_id not in record.excluded_instance_ids
+            if instance.token_limit >= least
+            and instance.instance_id not in awaited
+            and instance.instance_id not in record.excluded_instance_ids
             and instance.in_flight_count < instance.concurrency_limit
             and instance.fits(record)
         ]
@@ -247,8 +300,9 @@ class Dispatcher:
         if not excluded:
             return candidates
         untried = [i for i in candidates if i.instance_id not in excluded]
+        least = self._fleet.least_token_limit(record)
         if not untried and not any(
-            i.state is InstanceState.READY and i.instance_id not in excluded
+            i.state is InstanceState.READY and i.instance_id not in excluded and i.token_limit >= least
             for i in self._fleet.serving(record.model)
         ):
             return candidates
@@ -426,9 +480,10 @@ class Dispatcher:
         factor = load.tpot.factor(now)
         decode_s = step.decode_step_s(load.decode_count, context) * factor
         prefill_s = step.step_s(BATCH_TOKEN_COUNT, context) * factor
-        goal_s = self.parameters["slo_aware.pacing_margin"] * min(
-            self.parameters["objectives.tpot_s"], instance.least_tpot_objective_s
-        )
+        objective_s = min(self.parameters["objectives.tpot_s"], instance.least_tpot_objective_s)
+        # A share of what an engine has to spare: a slow one has less, and would else never be fed.
+        spare_s = max(0.0, objective_s - decode_s)
+        goal_s = decode_s + self.parameters["slo_aware.pacing_margin"] * spare_s
         if prefill_s <= goal_s or prefill_s <= decode_s:
             return 0.0
         bound = max(0.05, (1.0 / decode_s - 1.0 / goal_s) / (1.0 / decode_s - 1.0 / prefill_s))

@@ -18,6 +18,7 @@ from sagecp.core.least_value import LeastValue
 from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.request import RequestRecord
 from sagecp.core.states import INSTANCE_TRANSITIONS, StateMachine
+from sagecp.core.token_limits import TokenLimits
 from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, GpuReading, InstanceState
 
 # Work is held back while the KV cache is this full: the last percents cost preemptions.
@@ -46,6 +47,8 @@ class InstanceRecord:
         in_flight_count: Their number.
         reserved_token_count: Tokens that they are expected to hold at their ends.
         spare_token_count: What one more may hold; infinite where nothing limits it.
+        token_limit: Most tokens that one request can ever have here, prompt and output, as far as
+            is known; infinite: unknown.
         forget_s: When it is no longer listed, while it is LOST.
         load: Its work and its speed, by estimate.
         gate_closed: It has as much prefill work as it can usefully hold: what more there
@@ -77,6 +80,8 @@ class InstanceRecord:
         self.in_flight_count = 0
         self.reserved_token_count = 0
         self.spare_token_count = math.inf
+        bounds = (spec.key_value_token_capacity, spec.max_context_token_count)
+        self.token_limit = min((float(bound) for bound in bounds if bound is not None), default=math.inf)
         self._tpot_objectives_s = LeastValue()
         self.load = load
         self.gate_closed = False
@@ -106,8 +111,7 @@ class InstanceRecord:
     def is_open(self) -> bool:
         """Whether the instance can usefully take more work, as far as that depends on it alone.
 
-        An instance that holds nothing takes anything: its engine is the judge
-        of what fits.
+        An instance that holds nothing is open, whatever was said of it before.
         """
         if self.machine.state is not InstanceState.READY:
             return False
@@ -123,7 +127,10 @@ class InstanceRecord:
         )
 
     def fits(self, request: RequestRecord) -> bool:
-        """Whether the request fits beside what an open instance holds already."""
+        """Whether the request fits beside what an open instance holds already.
+
+        Beside nothing anything does: :meth:`Fleet.least_token_limit` says what is too small.
+        """
         return self.spare_token_count >= self.token_need(request)
 
     def token_need(self, request: RequestRecord) -> int:
@@ -281,6 +288,7 @@ class Fleet:
         self._instances: dict[str, InstanceRecord] = {}
         self._by_model: dict[str, dict[str, InstanceRecord]] = {}
         self._open_by_model: dict[str, OpenInstances] = {}
+        self._token_limits = TokenLimits()
         # (time, unique number, record): when closed gates should open.
         self._openings: list[tuple[float, int, InstanceRecord]] = []
         self._opening_number = 0
@@ -349,21 +357,43 @@ class Fleet:
         """Return whether any instance that serves the model is open."""
         return model in self._open_by_model
 
-    def with_room_for(self, request: RequestRecord, limit: int | None = None) -> list[InstanceRecord]:
+    def least_token_limit(self, request: RequestRecord) -> int:
+        """Return the token limit below which an instance is none for a request.
+
+        A prompt and one token are certain: where a READY instance can hold them,
+        those that never can are left out, even if the request must wait. Where
+        none can, 0: engines are the judges, and their errors tell the caller.
+        """
+        certain = request.prompt_token_count + 1
+        return certain if certain <= self._token_limits.largest(request.model) else 0
+
+    def has_open_below(self, model: str, token_limit: float) -> bool:
+        """Return whether an instance with a smaller token limit is open. O(n) of the open ones."""
+        return any(each.token_limit < token_limit for each in self._open_by_model.get(model, ()))
+
+    def with_room_for(
+        self, request: RequestRecord, limit: int | None = None, below: float = math.inf
+    ) -> list[InstanceRecord]:
         """Return the instances that can usefully take a request now, in a reproducible order.
 
         Args:
             request: The request.
             limit: Most to return: those with the fewest requests; ``None``: all.
+            below: Leave out those with a token limit from here on; infinite: none.
         """
         instances = self._open_by_model.get(request.model)
         if instances is None:
             return []
         # The estimate is never below what an instance makes of it: most need no closer look.
         expected = request.expected_token_count
+        least = self.least_token_limit(request)
         found = []
         for instance in instances:
-            if instance.spare_token_count >= expected or instance.fits(request):
+            if (
+                (instance.spare_token_count >= expected or instance.fits(request))
+                and instance.token_limit >= least
+                and (instance.token_limit < below or below == math.inf)
+            ):
                 found.append(instance)
                 if len(found) == limit:
                     break
@@ -444,6 +474,10 @@ class Fleet:
         """Bring the index up to date with a record whose state, load, limit or gauges changed."""
         if self._instances.get(record.instance_id) is not record:
             return
+        if record.state is InstanceState.READY:
+            self._token_limits.add(record.instance_id, record.spec.served_models, record.token_limit)
+        else:
+            self._token_limits.discard(record.instance_id)
         is_open = record.is_open
         for model in record.spec.served_models:
             if is_open:
@@ -525,6 +559,7 @@ class Fleet:
             self._departed[record.instance_id] = record
 
     def _unlink(self, record: InstanceRecord) -> None:
+        self._token_limits.discard(record.instance_id)
         primary_count = self._primary_counts[record.spec.model_name] - 1
         if primary_count:
             self._primary_counts[record.spec.model_name] = primary_count

@@ -30,7 +30,7 @@ from tests.support.core_world import (
 )
 
 INTERVAL_S = 20.0
-FIRST = ("priority", "nothing to judge by yet")
+FIRST = ("slo_aware", "nothing to judge by yet")
 
 
 class AdaptiveWorld(World):
@@ -222,14 +222,14 @@ def test_of_a_large_fleet_a_part_is_replayed_with_the_same_part_of_the_arrivals(
     ("rounds", "expected"),
     [
         ([(0.80, 0.90)], []),
-        ([(0.80, 0.90), (0.80, 0.90)], [(2, "priority>slo_aware")]),
+        ([(0.80, 0.90), (0.80, 0.90)], [(2, "slo_aware>priority")]),
         ([(0.80, 0.90), (0.90, 0.90), (0.80, 0.90)], []),
-        ([(0.80, 0.90), (0.90, 0.80), (0.80, 0.90), (0.80, 0.83)], [(4, "priority>slo_aware")]),
+        ([(0.80, 0.90), (0.90, 0.80), (0.80, 0.90), (0.80, 0.83)], [(4, "slo_aware>priority")]),
         ([(0.80, 0.82)] * 5, []),
-        ([(0.80, 0.90), (0.80, 0.90), (0.90, 0.80)], [(2, "priority>slo_aware")]),
+        ([(0.80, 0.90), (0.80, 0.90), (0.90, 0.80)], [(2, "slo_aware>priority")]),
         (
             [(0.80, 0.90), (0.80, 0.90), (0.90, 0.80), (0.95, 0.80)],
-            [(2, "priority>slo_aware"), (4, "slo_aware>priority")],
+            [(2, "slo_aware>priority"), (4, "priority>slo_aware")],
         ),
     ],
     ids=["once", "twice", "interrupted", "late", "too little", "no way back at once", "back"],
@@ -239,8 +239,8 @@ def test_it_takes_a_clear_gain_twice_in_a_row(
 ) -> None:
     world = busy()
     found = []
-    for number, (priority, slo_aware) in enumerate(rounds, start=1):
-        lines = world.answer(world.replay(), priority=priority, slo_aware=slo_aware)
+    for number, (slo_aware, priority) in enumerate(rounds, start=1):
+        lines = world.answer(world.replay(), slo_aware=slo_aware, priority=priority)
         found += [(number, text) for text in switches(lines)]
     assert found == expected
     assert world.scheduler.adaptation.switch_count == len(expected)
@@ -249,8 +249,8 @@ def test_it_takes_a_clear_gain_twice_in_a_row(
 
 def test_gain_and_confirmations_are_parameters() -> None:
     world = busy(gain=0.2, confirmations=1)
-    assert not switches(world.answer(world.replay(), priority=0.7, slo_aware=0.89))
-    assert switches(world.answer(world.replay(), priority=0.7, slo_aware=0.91)) == ["priority>slo_aware"]
+    assert not switches(world.answer(world.replay(), slo_aware=0.7, priority=0.89))
+    assert switches(world.answer(world.replay(), slo_aware=0.7, priority=0.91)) == ["slo_aware>priority"]
 
 
 def test_only_the_answer_that_is_awaited_counts() -> None:
@@ -263,43 +263,43 @@ def test_only_the_answer_that_is_awaited_counts() -> None:
     assert world.asked() is None
     second = world.replay()
     assert second.evaluation_id == first.evaluation_id + 1
-    assert not switches(world.answer(first, priority=0.1, slo_aware=0.9))
+    assert not switches(world.answer(first, slo_aware=0.1, priority=0.9))
     assert not world.feed(ev.PoliciesEvaluated(99, ()))
-    assert switches(world.answer(second, priority=0.1, slo_aware=0.9)) == ["priority>slo_aware"]
-    assert not switches(world.answer(second, priority=0.9, slo_aware=0.1))
-    assert world.in_force == "slo_aware"
+    assert switches(world.answer(second, slo_aware=0.1, priority=0.9)) == ["slo_aware>priority"]
+    assert not switches(world.answer(second, slo_aware=0.9, priority=0.1))
+    assert world.in_force == "priority"
 
 
 def test_a_replay_that_failed_says_nothing() -> None:
     world = busy()
-    assert not switches(world.answer(world.replay(), priority=0.8, slo_aware=0.9))
+    assert not switches(world.answer(world.replay(), slo_aware=0.8, priority=0.9))
     assert not world.answer(world.replay())
-    assert switches(world.answer(world.replay(), priority=0.8, slo_aware=0.9))
+    assert switches(world.answer(world.replay(), slo_aware=0.8, priority=0.9))
 
 
 def test_a_calm_between_two_gains_breaks_the_row() -> None:
     world = busy()
-    assert not switches(world.answer(world.replay(), priority=0.8, slo_aware=0.9))
+    assert not switches(world.answer(world.replay(), slo_aware=0.8, priority=0.9))
     world.feed(*(ev.RequestCancelled(f"r{number}") for number in range(1, world.number + 1)))
     world.now += 100.0
     world.feed(healthy("roomy", limit=1000, step_time=STEP_TIME))
     world.calm()
     assert world.asked() is None
     world.feed(ev.InstanceDeregistered("roomy"))
-    assert not switches(world.answer(world.replay(), priority=0.8, slo_aware=0.9))
+    assert not switches(world.answer(world.replay(), slo_aware=0.8, priority=0.9))
 
 
 def test_other_settings_make_an_answer_out_of_date_and_keep_the_verdict() -> None:
     world = busy()
     for _ in range(2):
-        world.answer(world.replay(), priority=0.8, slo_aware=0.9)
+        world.answer(world.replay(), slo_aware=0.8, priority=0.9)
     pending = world.replay()
     world.feed(configure("fifo"))
     assert world.in_force == "fifo"
     assert world.scheduler.policy_since_s is None
-    assert not world.answer(pending, priority=0.9, slo_aware=0.1)
+    assert not world.answer(pending, slo_aware=0.9, priority=0.1)
     world.feed(configure("adaptive"))
-    assert world.in_force == "slo_aware"
+    assert world.in_force == "priority"
     assert world.scheduler.policy_since_s == world.scheduler.adaptation.verdict.since_s
     # What arrived meanwhile is known.
     assert len(world.replay().arrivals) > 120
@@ -342,23 +342,24 @@ def test_it_says_what_is_in_force_and_why() -> None:
                 replay.evaluation_id,
                 tuple(
                     PolicyScore(policy=name, attainment=share, token_weighted_attainment=share)
-                    for name, share in (("priority", 0.88), ("slo_aware", 0.941))
+                    for name, share in (("slo_aware", 0.88), ("priority", 0.941))
                 ),
             ),
             world.now,
         )
     why = (
         "replaying the last 27 s (133 requests, 99% waited, 95% missed), 94.1% would have met their "
-        "objectives against 88.0% under priority, twice in a row"
+        "objectives against 88.0% under slo_aware, twice in a row"
     )
-    assert fx.PolicySwitched("priority", "slo_aware", why) in effects
-    assert (world.in_force, world.scheduler.why_policy()) == ("slo_aware", why)
+    assert fx.PolicySwitched("slo_aware", "priority", why) in effects
+    assert (world.in_force, world.scheduler.why_policy()) == ("priority", why)
     assert world.scheduler.policy_since_s == world.now
     assert world.scheduler.settings.current.version == 1
 
 
 def test_a_switch_puts_what_waits_in_another_order_and_loses_nothing() -> None:
     world = busy(confirmations=1)
+    assert switches(world.answer(world.replay(), slo_aware=0.1, priority=0.9)) == ["slo_aware>priority"]
     replay = world.replay(prompt_digest=PromptDigest(20_000))
     world.feed(arrive("short", prompt_digest=PromptDigest(10), ttft_slo_ms=1000.0))
     before = {record.request_id for record in world.scheduler.queue}

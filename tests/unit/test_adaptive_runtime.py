@@ -12,7 +12,9 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from sagecp.core import events as ev
+from sagecp.core.policies.base import PolicyVerdict
 from sagecp.core.policy_replay import PolicyReplay, PolicyScore
+from sagecp.core.settings import SettingsChange
 from sagecp.core.types import InstanceState, PromptDigest, RequestMetadata
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.runtime.policy_evaluation import EvaluationError, EvaluationProcess, PolicyEvaluator
@@ -78,9 +80,9 @@ async def running(evaluator: PolicyEvaluator | None) -> AsyncIterator[Plane]:
         assert other_tasks() == set()
 
 
-SLO_AWARE_IS_BETTER = [
+PRIORITY_IS_BETTER = [
     PolicyScore(policy=policy, attainment=share, token_weighted_attainment=share)
-    for policy, share in (("priority", 0.5), ("slo_aware", 0.9))
+    for policy, share in (("slo_aware", 0.5), ("priority", 0.9))
 ]
 
 
@@ -94,14 +96,14 @@ async def test_scores_change_the_policy_in_force_and_it_says_since_when(
             for count in (1, 2):
                 await plane.crowd()
                 assert len(evaluator.replays) == count
-                evaluator.answers[-1].set_result(SLO_AWARE_IS_BETTER)
+                evaluator.answers[-1].set_result(PRIORITY_IS_BETTER)
                 await turns()
-        assert plane.in_force == "slo_aware"
+        assert plane.in_force == "priority"
         reason = plane.manager.get_status().policy_reason
         assert reason.startswith("since ")
         assert "UTC: replaying the last" in reason
         [switched] = [each for each in caplog.records if each.message == "scheduling policy switched"]
-        assert (switched.__dict__["previous"], switched.__dict__["policy"]) == ("priority", "slo_aware")
+        assert (switched.__dict__["previous"], switched.__dict__["policy"]) == ("slo_aware", "priority")
 
 
 async def test_a_lasting_fault_is_logged_once_and_the_policy_stays(caplog: pytest.LogCaptureFixture) -> None:
@@ -112,7 +114,7 @@ async def test_a_lasting_fault_is_logged_once_and_the_policy_stays(caplog: pytes
             evaluator.answers[-1].set_exception(error)
             await turns()
         assert len(evaluator.replays) == 3
-        assert plane.in_force == "priority"
+        assert plane.in_force == "slo_aware"
     messages = [each.message for each in caplog.records if "evalua" in each.message]
     assert messages == [
         "policies could not be evaluated; the one in force stays",
@@ -136,13 +138,17 @@ async def test_without_an_evaluator_the_first_policy_stays() -> None:
     async with running(None) as plane:
         await plane.crowd()
         await plane.crowd()
-        assert plane.in_force == "priority"
+        assert plane.in_force == "slo_aware"
 
 
 async def test_a_real_process_replays_and_leaves_nothing_behind() -> None:
     evaluator = EvaluationProcess([sys.executable, "-m", "sagecp.sim.fleet.policy_evaluation"])
     async with running(evaluator) as plane:
         book = plane.manager.scheduler.adaptation
+        # The load is one for slo_aware, with which it would begin.
+        book.verdict = PolicyVerdict("priority", "a test", 0.0)
+        plane.manager.update_scheduling(SettingsChange())
+        assert plane.in_force == "priority"
         for count in (1, 2):
             await plane.crowd()
             await until(lambda count=count: book.evaluation_count == count, "the replay", 60.0)  # type: ignore[misc]

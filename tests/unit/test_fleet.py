@@ -267,6 +267,78 @@ def test_an_instance_that_holds_nothing_takes_anything() -> None:
     assert record.fits(huge)
 
 
+def ids_with_room(fleet: Fleet, token_count: int, **limits: Any) -> list[str]:
+    request = make_record(prompt="x" * 4 * token_count, max_tokens=1000)
+    return [each.instance_id for each in fleet.with_room_for(request, **limits)]
+
+
+@pytest.mark.parametrize("bound", ["capacity", "max_context_token_count"])
+def test_who_can_never_hold_a_prompt_is_left_out_where_another_can(bound: str) -> None:
+    def sized(instance_id: str, token_count: int) -> ExecutionInstance:
+        fields: dict[str, Any] = {bound: token_count}
+        return make_instance(instance_id, **fields)
+
+    fleet = make_fleet()
+    make_ready(fleet, sized("small", 1000))
+    assert ids_with_room(fleet, 1000) == ["small"], "its engine is the judge"
+    large = make_ready(fleet, sized("large", 2000))
+    assert ids_with_room(fleet, 999) == ["small", "large"]
+    assert ids_with_room(fleet, 1000) == ["large"], "no room for the first token"
+    assert ids_with_room(fleet, 1999) == ["large"]
+    assert ids_with_room(fleet, 2000) == ["small", "large"], "nobody can: engines are the judges"
+    load(large, 4)
+    fleet.settle(large)
+    assert ids_with_room(fleet, 1000) == [], "it is busy: the request waits"
+    assert ids_with_room(fleet, 999) == ["small"]
+
+
+def test_an_unknown_capacity_is_not_known_to_be_too_small() -> None:
+    fleet = make_fleet()
+    make_ready(fleet, make_instance("small", capacity=1000))
+    make_ready(fleet, make_instance("unknown"))
+    assert ids_with_room(fleet, 10**6) == ["unknown"]
+
+
+def test_only_instances_that_are_ready_are_worth_waiting_for() -> None:
+    fleet = make_fleet()
+    make_ready(fleet, make_instance("small", capacity=1000))
+    large = fleet.add(make_instance("large", capacity=2000), 0, now=0.0)
+    assert ids_with_room(fleet, 1500) == ["small"]
+    for state, expected in (
+        (InstanceState.READY, ["large"]),
+        (InstanceState.UNHEALTHY, ["small"]),
+        (InstanceState.READY, ["large"]),
+    ):
+        large.machine.to(state)
+        fleet.settle(large)
+        assert ids_with_room(fleet, 1500) == expected
+    make_ready(fleet, make_instance("large", capacity=1200))
+    assert ids_with_room(fleet, 1500) == ["small", "large"]
+    assert ids_with_room(fleet, 1100) == ["large"]
+    fleet.remove(fleet.get("large"))
+    assert ids_with_room(fleet, 1100) == ["small"]
+
+
+def test_token_limits_are_kept_for_every_served_name() -> None:
+    fleet = make_fleet()
+    make_ready(fleet, make_instance("small", "m", capacity=1000))
+    make_ready(fleet, make_instance("large", "n", model_aliases=("m", "m"), capacity=2000))
+    assert ids_with_room(fleet, 1500) == ["large"]
+    make_ready(fleet, make_instance("large", "n", capacity=2000))
+    assert ids_with_room(fleet, 1500) == ["small"]
+
+
+def test_instances_from_a_token_limit_on_can_be_left_out() -> None:
+    fleet = make_fleet()
+    for instance_id, capacity in (("a", 1000), ("b", 2000), ("c", None)):
+        make_ready(fleet, make_instance(instance_id, capacity=capacity))
+    assert ids_with_room(fleet, 10, below=2000) == ["a"]
+    assert ids_with_room(fleet, 10) == ["a", "b", "c"]
+    assert fleet.has_open_below("m", 1001)
+    assert not fleet.has_open_below("m", 1000)
+    assert not fleet.has_open_below("n", 1001)
+
+
 def test_without_a_known_capacity_everything_fits() -> None:
     record = make_instance_record()
     load(record, 3, max_tokens=10**6)

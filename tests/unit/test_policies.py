@@ -142,11 +142,8 @@ def test_fifo_knows_no_tenants_and_no_objectives() -> None:
         ([(0, P.BACKGROUND), (0, P.LOW), (0, P.NORMAL), (0, P.HIGH), (0, P.CRITICAL)], [4, 3, 2, 1, 0]),
     ],
 )
-@pytest.mark.parametrize("name", ["priority", "adaptive"])
-def test_priority_gives_head_starts(
-    name: str, arrivals: list[tuple[float, RequestPriority]], order: list[int]
-) -> None:
-    assert ordered(policy_of(name), arrivals) == order
+def test_priority_gives_head_starts(arrivals: list[tuple[float, RequestPriority]], order: list[int]) -> None:
+    assert ordered(policy_of("priority"), arrivals) == order
 
 
 def test_head_starts_are_parameters() -> None:
@@ -268,8 +265,9 @@ def test_slo_aware_weighs_urgency_against_work(
     assert [record.request_id for record in drain(line)] == order
 
 
-def test_slo_aware_gives_classes_a_small_head_start() -> None:
-    policy = policy_of("slo_aware")
+@pytest.mark.parametrize("name", ["slo_aware", "adaptive"])
+def test_slo_aware_gives_classes_a_small_head_start(name: str) -> None:
+    policy = policy_of(name)
     assert ordered(policy, [(0, P.NORMAL), (1.9, P.HIGH)]) == [1, 0]
     assert ordered(policy, [(0, P.NORMAL), (2.1, P.HIGH)]) == [0, 1]
     assert ordered(policy, [(0, P.BACKGROUND), (7.9, P.CRITICAL), (8.1, P.CRITICAL)]) == [1, 0, 2]
@@ -283,7 +281,7 @@ def test_slo_aware_says_from_which_lane_a_request_came() -> None:
     assert policy.explain(record) == "slo_aware: from the best-effort lane, its objective is out of reach"
 
 
-@pytest.mark.parametrize("name", ["slo_aware", "cost_optimized"])
+@pytest.mark.parametrize("name", ["slo_aware", "cost_optimized", "adaptive"])
 @pytest.mark.parametrize(
     ("priority", "order"),
     [
@@ -313,7 +311,7 @@ def test_a_demoted_request_stays_so_and_says_so() -> None:
     assert record.decisions[-1].reason.startswith("slo_aware: from the best-effort lane")
 
 
-@pytest.mark.parametrize("name", ["fifo", "priority", "adaptive"])
+@pytest.mark.parametrize("name", ["fifo", "priority"])
 def test_other_policies_give_nobody_up(name: str) -> None:
     world = World(scheduling_policy=name, default_concurrency_limit=1)
     world.feed(healthy("a", step_time=STEP_TIME), arrive("r", prompt="x" * 40_000, ttft_slo_ms=100.0))
@@ -458,11 +456,10 @@ def test_every_policy_in_force_is_another_or_itself(name: str) -> None:
 
 def test_adaptive_says_who_decides_and_why() -> None:
     policy = policy_of("adaptive")
-    assert policy.in_force == "priority"
-    assert policy.why()
-    assert policy.explain(waiting("r", priority=P.HIGH)).startswith(
-        "adaptive: priority: class HIGH (head start +30 s)"
-    )
+    assert policy.in_force == "slo_aware"
+    assert policy.why() == "nothing to judge by yet"
+    record = waiting("r", work_s=0.25, ttft_s=1.5)
+    assert policy.explain(record) == "adaptive: slo_aware: most urgent, 0.25 s of work within 1.50 s"
 
 
 def test_only_the_policies_that_plan_ahead_wait_pace_and_demote() -> None:

@@ -238,6 +238,7 @@ SCENARIOS = [
                 ],
             ),
         ],
+        {"scheduling_policy": "priority"},
     ),
     Scenario(
         "a request that is too big for the room there is waits, and nobody overtakes it",
@@ -248,6 +249,7 @@ SCENARIOS = [
             (arrive("small", max_tokens=1), ["accept small"]),
             (succeeded("r1"), ["end r1 SUCCEEDED", "dispatch big#1 a", "dispatch small#1 a"]),
         ],
+        {"scheduling_policy": "priority"},
     ),
     Scenario(
         "a request bigger than any instance goes to one that holds nothing",

@@ -194,6 +194,25 @@ def room(instance: InstanceRecord, request: RequestRecord) -> bool:
     return capacity is None or sum(map(instance.token_need, [*held, request])) <= capacity
 
 
+def token_limit(instance: InstanceRecord) -> float:
+    """Most tokens that one request can have on an instance, as far as is known."""
+    spec = instance.spec
+    return min(spec.key_value_token_capacity or math.inf, spec.max_context_token_count or math.inf)
+
+
+def least_limit(request: RequestRecord, serving: list[InstanceRecord]) -> int:
+    """What an instance must hold to be one for a request: its prompt and a token, if any READY one can."""
+    certain = request.prompt_token_count + 1
+    ready = [each for each in serving if each.state is InstanceState.READY]
+    return certain if any(token_limit(each) >= certain for each in ready) else 0
+
+
+def takers(request: RequestRecord, serving: list[InstanceRecord]) -> set[str]:
+    """The instances that could take a request now, in other words than the fleet's."""
+    least = least_limit(request, serving)
+    return {i.instance_id for i in serving if room(i, request) and token_limit(i) >= least}
+
+
 def blocks_of(token_count: int, choice: int) -> tuple[int, ...]:
     """Hashes of blocks of 16 tokens: even choices share their first half, odd ones all."""
     count = token_count // 16
@@ -403,10 +422,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         here = sum(other.running_on == instance_id for other in self.live.values())
         assert here == 1 or here <= instance.concurrency_limit, "more than the limit"
         if instance_id in live.lost_on:
+            serving = self.scheduler.fleet.serving(record.model)
+            least = least_limit(record, serving)
             better = [
                 other.instance_id
-                for other in self.scheduler.fleet.serving(record.model)
-                if other.state is InstanceState.READY and other.instance_id not in live.lost_on
+                for other in serving
+                if other.state is InstanceState.READY
+                and other.instance_id not in live.lost_on
+                and token_limit(other) >= least
             ]
             assert not better, f"went back to {instance_id} although {better} may work"
         decision = effect.decision
@@ -794,9 +817,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 request = RequestRecord(
                     RequestMetadata(request_id="any", prompt="x" * size, max_tokens=16), model, 0, self.now
                 )
-                assert {i.instance_id for i in fleet.with_room_for(request)} == {
-                    i.instance_id for i in fleet if model in i.spec.served_models and room(i, request)
-                }
+                assert {i.instance_id for i in fleet.with_room_for(request)} == takers(
+                    request, fleet.serving(model)
+                )
 
     @invariant()
     def loads_agree_with_what_runs(self) -> None:
@@ -911,19 +934,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         for model, line in scheduler.queue.lines():
             serving = scheduler.fleet.serving(model)
             if isinstance(line, FairLine) and not was_looked_at(line):
-                assert not any(room(i, record) for i in serving for record in line), "nobody looked"
+                assert not any(takers(record, serving) for record in line), "nobody looked"
                 continue
+            kept_from = math.inf
             for record in itertools.islice(heads_of(line, now), STEP_OVER_LIMIT + 1):
                 awaited = scheduler.fleet.find(record.waits_for)
                 waits = record.wait_until_s > now and awaited is not None and awaited.gate_closed
                 if not (waits and awaited is not None and awaited.state is InstanceState.READY):
-                    free = {i.instance_id for i in serving if room(i, record)}
+                    least = least_limit(record, serving)
+                    limits = {i.instance_id: token_limit(i) for i in serving}
+                    free = {
+                        each
+                        for each in takers(record, serving)
+                        if limits[each] < kept_from or kept_from == math.inf
+                    }
                     if not free:
-                        break
+                        # What could hold it is kept for it; others may have the rest.
+                        kept_from = min(kept_from, least)
+                        if not any(i.is_open and token_limit(i) < kept_from for i in serving):
+                            break
+                        if isinstance(line, FairLine):
+                            break
+                        continue
                     excluded = record.excluded_instance_ids
                     assert free <= excluded, f"{record.request_id} could run on {free}"
                     assert any(
-                        i.state is InstanceState.READY and i.instance_id not in excluded for i in serving
+                        i.state is InstanceState.READY
+                        and i.instance_id not in excluded
+                        and token_limit(i) >= least
+                        for i in serving
                     ), f"{record.request_id} waits for an instance that does not exist"
                 if isinstance(line, FairLine):
                     # Whoever is behind may have been behind somebody else at the last look.

@@ -24,7 +24,7 @@ class PolicyVerdict:
         since_s: When it was found, on the core's clock; ``None``: it is the first.
     """
 
-    policy: str = "priority"
+    policy: str = "slo_aware"
     why: str = "nothing to judge by yet"
     since_s: float | None = None
 

@@ -46,7 +46,11 @@ class SloAwarePolicy(SchedulingPolicy):
             "A request more likely to miss than this is hopeless.",
         ),
         Parameter(
-            "slo_aware.pacing_margin", 0.58, 0.1, 10.0, "Share of the TPOT objective that pacing aims at."
+            "slo_aware.pacing_margin",
+            0.5,
+            0.0,
+            10.0,
+            "Share of the time between a decode step and the TPOT objective that pacing leaves to prefill.",
         ),
         Parameter(
             "slo_aware.class_head_start_s",
