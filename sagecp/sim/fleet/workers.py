@@ -44,7 +44,7 @@ def run_tasks(
         min(job_count, len(tasks)), context, _start_worker, (board, os.getpid())
     )
     try:
-        with _interrupts_ignored():
+        with _interrupts_held_back():
             # Heavy loads take longest: begun first, they do not run alone at the end.
             order = sorted(range(len(tasks)), key=lambda index: -tasks[index].scale)
             futures = {index: executor.submit(_run_in_worker, index, tasks[index]) for index in order}
@@ -76,16 +76,25 @@ def _run_here(tasks: Sequence[Task], report: Callable[[Sequence[float]], None]) 
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Let processes that are started meanwhile ignore Ctrl-C, which is for their parent, from the start."""
+def _interrupts_held_back() -> Iterator[None]:
+    """Let processes that are started meanwhile ignore Ctrl-C, which is for their parent, from the start.
+
+    A stop waits until they are started: one in the middle would leave a worker that was told
+    half of what to do, and says so with a traceback.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stops: list[int] = []
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop = signal.signal(signal.SIGTERM, lambda number, _frame: stops.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGTERM, stop)
+        if stops:
+            signal.raise_signal(signal.SIGTERM)
 
 
 # -- in a worker -----------------------------------------------------------------
