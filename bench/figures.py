@@ -102,7 +102,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         ("slo_aware", "adaptive", "cost_optimized"), (*_EARLY[:3], "sjf_late"),
     ),
     "azure_conversation": Experiment(
-        "azure23_conv_a.csv.gz", "8b-mixed", "14,16,17,18,19", 1200, 3,
+        "azure23_conv_a.csv.gz", "8b-mixed", "10,12,14,16,17,18", 1200, 3,
         ("slo_aware",), (*_EARLY[:3], "sjf_late"), ("--no-bounds",),
     ),
     "tenants": Experiment(
