@@ -165,9 +165,13 @@ class Dispatcher:
     ) -> _Verdict:
         if self._is_waiting(record, now):
             return _Verdict.PASSED
-        open_instances = self._open_candidates(record)
+        kept_from = self._kept_from.get(record.model, math.inf)
+        open_instances = self._fleet.with_room_for(record, OPEN_CANDIDATE_LIMIT, kept_from)
         if not open_instances:
             return self._leave_waiting(record)
+        matches = self._index.match(record.digest.block_hashes) if record.digest.block_hashes else {}
+        if len(open_instances) == OPEN_CANDIDATE_LIMIT:
+            self._add_sought(record, open_instances, matches, kept_from)
         usable = self._prefer_untried(record, open_instances)
         if not usable:
             return _Verdict.PASSED
@@ -175,7 +179,6 @@ class Dispatcher:
         expected = record.expected_token_count
         usable = [instance for instance in usable if instance.token_limit >= expected] or usable
         policy = self.policy
-        matches = self._index.match(record.digest.block_hashes) if record.digest.block_hashes else {}
         instances = list(usable)
         if policy.is_patient and self.strategy.is_loss:
             instances += self._closed_candidates(record, matches, now)
@@ -231,30 +234,25 @@ class Dispatcher:
 
     # -- candidates ----------------------------------------------------------------
 
-    def _open_candidates(self, record: RequestRecord) -> list[InstanceRecord]:
-        """Return open instances with room: all of a small fleet, a sample of a large one."""
-        kept_from = self._kept_from.get(record.model, math.inf)
-        found = self._fleet.with_room_for(record, OPEN_CANDIDATE_LIMIT, kept_from)
-        if len(found) == OPEN_CANDIDATE_LIMIT:
-            known = {instance.instance_id for instance in found}
-            least = self._fleet.least_token_limit(record)
-            wanted = [*self.strategy.wants(record)]
-            if record.digest.block_hashes:
-                wanted += list(self._index.match(record.digest.block_hashes))[:HOLDER_CANDIDATE_LIMIT]
-            for instance_id in wanted:
-                instance = self._fleet.find(instance_id)
-                if (
-                    instance is not None
-                    and instance_id not in known
-                    and instance.is_open
-                    and record.model in instance.spec.served_models
-                    and instance.fits(record)
-                    and instance.token_limit >= least
-                    and (instance.token_limit < kept_from or kept_from == math.inf)
-                ):
-                    known.add(instance_id)
-                    found.append(instance)
-        return found
+    def _add_sought(
+        self, record: RequestRecord, found: list[InstanceRecord], matches: Mapping[str, int], kept_from: float
+    ) -> None:
+        """Add open instances that a sample of a large fleet may lack: wanted ones, holders of the prompt."""
+        known = {instance.instance_id for instance in found}
+        least = self._fleet.least_token_limit(record)
+        for instance_id in [*self.strategy.wants(record), *list(matches)[:HOLDER_CANDIDATE_LIMIT]]:
+            instance = self._fleet.find(instance_id)
+            if (
+                instance is not None
+                and instance_id not in known
+                and instance.is_open
+                and record.model in instance.spec.served_models
+                and instance.fits(record)
+                and instance.token_limit >= least
+                and (instance.token_limit < kept_from or kept_from == math.inf)
+            ):
+                known.add(instance_id)
+                found.append(instance)
 
     def _closed_candidates(
         self, record: RequestRecord, matches: Mapping[str, int], now: float
