@@ -8,11 +8,14 @@ import grpc
 import pytest
 
 from sagecp.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
     fleet_service_pb2,
     fleet_service_pb2_grpc,
     inference_service_pb2,
     inference_service_pb2_grpc,
     request_pb2,
+    scheduling_pb2,
 )
 from tests.e2e.conftest import CONTEXT_TOKEN_COUNT, MODEL, Engine
 from tests.e2e.reading import generate, read
@@ -152,19 +155,32 @@ def test_the_model_may_be_left_out_when_one_is_served(inference: Inference) -> N
     assert generate(inference, spec).end.request.model == MODEL
 
 
-def test_work_is_spread_and_explained(inference: Inference, engines: dict[str, Engine]) -> None:
-    ids = [
-        inference.Submit(
-            inference_service_pb2.SubmitRequest(spec=text_spec(f"Story {number}", 100)), timeout=10
-        ).request.request_id
-        for number in range(8)
-    ]
-    used = {
-        read(
-            inference.Stream(inference_service_pb2.StreamRequest(request_id=request_id), timeout=60)
-        ).end.instance_id
-        for request_id in ids
-    }
+def test_work_is_spread_and_explained(
+    inference: Inference, admin: admin_service_pb2_grpc.AdminServiceStub, engines: dict[str, Engine]
+) -> None:
+    # By turns: what the predictions prefer depends on how busy the machine was a moment ago.
+    before = admin.GetSchedulingConfig(admin_service_pb2.GetSchedulingConfigRequest(), timeout=10).config
+    changed = scheduling_pb2.SchedulingConfig()
+    changed.CopyFrom(before)
+    changed.routing_strategy = "round_robin"
+    admin.UpdateSchedulingConfig(admin_service_pb2.UpdateSchedulingConfigRequest(config=changed), timeout=10)
+    try:
+        ids = [
+            inference.Submit(
+                inference_service_pb2.SubmitRequest(spec=text_spec(f"Story {number}", 100)), timeout=10
+            ).request.request_id
+            for number in range(8)
+        ]
+        used = {
+            read(
+                inference.Stream(inference_service_pb2.StreamRequest(request_id=request_id), timeout=60)
+            ).end.instance_id
+            for request_id in ids
+        }
+    finally:
+        admin.UpdateSchedulingConfig(
+            admin_service_pb2.UpdateSchedulingConfigRequest(config=before), timeout=10
+        )
     assert used == set(engines)
     explained = inference.ExplainRequest(
         inference_service_pb2.ExplainRequestRequest(request_id=ids[-1]), timeout=10
