@@ -42,6 +42,10 @@ class ErrorReason(enum.Enum):
     FLEET_FULL = 25
     TOO_MANY_STREAMS = 26
     SETTINGS_VERSION_CONFLICT = 27
+    JOURNAL_UNAVAILABLE = 28
+    DRAIN_REFUSED = 29
+    READER_STALLED = 30
+    OUTPUT_LOST = 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +192,26 @@ class StaleIncarnationError(SageError):
         )
 
 
+class DrainRefusedError(SageError):
+    """The rest of the fleet could not carry the load of the instance to be drained.
+
+    Args:
+        instance_id: The instance.
+        shortfalls: A clause, in figures, for everything that is missing.
+    """
+
+    reason = ErrorReason.DRAIN_REFUSED
+
+    def __init__(self, instance_id: str, shortfalls: Sequence[str]) -> None:
+        super().__init__(
+            f"instance {instance_id!r} is not drained, as the rest of the fleet could not carry its load: "
+            f"{'; '.join(shortfalls)}. Add instances, wait for less load, or use force to drain it "
+            "all the same",
+            instance_id=instance_id,
+        )
+        self.shortfalls = tuple(shortfalls)
+
+
 class QueueFullError(SageError):
     """The queue is full, by count or by bytes."""
 
@@ -248,6 +272,12 @@ class TooManyStreamsError(SageError):
     """Too many streams read the same request at once."""
 
     reason = ErrorReason.TOO_MANY_STREAMS
+
+
+class ReaderStalledError(SageError):
+    """A reader of output took nothing for too long and was detached."""
+
+    reason = ErrorReason.READER_STALLED
 
 
 class NotImplementedYetError(SageError):

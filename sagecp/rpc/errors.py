@@ -50,6 +50,10 @@ _CODES: Mapping[ErrorReason, grpc.StatusCode] = {
     ErrorReason.FLEET_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorReason.TOO_MANY_STREAMS: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorReason.SETTINGS_VERSION_CONFLICT: grpc.StatusCode.ABORTED,
+    ErrorReason.JOURNAL_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ErrorReason.DRAIN_REFUSED: grpc.StatusCode.FAILED_PRECONDITION,
+    ErrorReason.READER_STALLED: grpc.StatusCode.UNAVAILABLE,
+    ErrorReason.OUTPUT_LOST: grpc.StatusCode.DATA_LOSS,
 }
 
 

@@ -97,6 +97,22 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     expected, or the one to go back to is not kept. ABORTED; ErrorInfo metadata
     "version" is the one in force.
     """
+    ERROR_REASON_JOURNAL_UNAVAILABLE: _ErrorReason.ValueType  # 28
+    """The journal cannot be written, for example because the disk is full, so
+    nothing durable is accepted. UNAVAILABLE with RetryInfo.
+    """
+    ERROR_REASON_DRAIN_REFUSED: _ErrorReason.ValueType  # 29
+    """The rest of the fleet could not carry the load of the instance to be
+    drained. FAILED_PRECONDITION; the message says what is missing.
+    """
+    ERROR_REASON_READER_STALLED: _ErrorReason.ValueType  # 30
+    """The reader did not take output for too long and was detached. UNAVAILABLE:
+    Stream goes on where it stopped.
+    """
+    ERROR_REASON_OUTPUT_LOST: _ErrorReason.ValueType  # 31
+    """Output that may have been delivered is not known any more, and the request
+    cannot go on without contradicting it. DATA_LOSS.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the stable, machine-readable cause of a failed RPC or of a
@@ -179,5 +195,21 @@ ERROR_REASON_SETTINGS_VERSION_CONFLICT: ErrorReason.ValueType  # 27
 """Another version of the scheduling configuration is in force than the one
 expected, or the one to go back to is not kept. ABORTED; ErrorInfo metadata
 "version" is the one in force.
+"""
+ERROR_REASON_JOURNAL_UNAVAILABLE: ErrorReason.ValueType  # 28
+"""The journal cannot be written, for example because the disk is full, so
+nothing durable is accepted. UNAVAILABLE with RetryInfo.
+"""
+ERROR_REASON_DRAIN_REFUSED: ErrorReason.ValueType  # 29
+"""The rest of the fleet could not carry the load of the instance to be
+drained. FAILED_PRECONDITION; the message says what is missing.
+"""
+ERROR_REASON_READER_STALLED: ErrorReason.ValueType  # 30
+"""The reader did not take output for too long and was detached. UNAVAILABLE:
+Stream goes on where it stopped.
+"""
+ERROR_REASON_OUTPUT_LOST: ErrorReason.ValueType  # 31
+"""Output that may have been delivered is not known any more, and the request
+cannot go on without contradicting it. DATA_LOSS.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

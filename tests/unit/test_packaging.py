@@ -26,6 +26,7 @@ DISTRIBUTION_OF = {
 # Extras that a layer may count on beside the bare package. The command line
 # imports its commands when they are called, each with an extra of its own.
 EXTRAS_OF = {
+    "runtime": {"server"},
     "rpc": {"server"},
     "gateway": {"server"},
     "log": {"server", "agent", "sim"},
