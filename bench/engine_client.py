@@ -159,6 +159,9 @@ class _CountingSink:
     def __init__(self) -> None:
         self.token_count = 0
 
+    def on_prompt(self, token_ids: Sequence[int]) -> None:
+        """Ignore it."""
+
     def on_deltas(self, deltas: Sequence[EngineDelta]) -> None:
         for delta in deltas:
             self.token_count += delta.token_count

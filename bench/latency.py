@@ -33,6 +33,9 @@ class _Clock:
         self.first_s = 0.0
         self.last_s = 0.0
 
+    def on_prompt(self, token_ids: object) -> None:
+        """Ignore it."""
+
     def on_deltas(self, deltas: object) -> None:
         self.last_s = time.perf_counter()
         self.first_s = self.first_s or self.last_s

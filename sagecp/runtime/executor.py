@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,7 @@ from sagecp.config import EngineConfig
 from sagecp.core.errors import ErrorReason, Failure, InstanceNotFoundError
 from sagecp.core.types import ExecutionInstance, RequestMetadata, SchedulingDecision
 from sagecp.runtime.engines.base import (
+    EngineCall,
     EngineClient,
     EngineDelta,
     EngineEndpoint,
@@ -23,7 +26,9 @@ from sagecp.runtime.engines.base import (
     EngineTimeouts,
     EngineUnreachableError,
 )
-from sagecp.runtime.engines.request_body import make_engine_call
+from sagecp.runtime.engines.continuation import Continuation
+from sagecp.runtime.engines.request_body import engine_request_id, make_engine_call
+from sagecp.runtime.engines.splice import continue_generation
 from sagecp.runtime.engines.vllm import VllmEngineClient
 
 ClientFactory = Callable[[EngineEndpoint], EngineClient]
@@ -63,6 +68,9 @@ class _CollectingSink:
         self.text: list[str] = []
         self.token_ids: list[int] = []
 
+    def on_prompt(self, token_ids: Sequence[int]) -> None:
+        """Ignore it."""
+
     def on_deltas(self, deltas: Sequence[EngineDelta]) -> None:
         for delta in deltas:
             if delta.choice_index == 0:
@@ -71,12 +79,14 @@ class _CollectingSink:
 
 
 class _Engine:
-    """One instance's client, with the number of calls that use it."""
+    """One instance's client, with the number of calls that use it, and since when any does."""
 
-    __slots__ = ("call_count", "client", "endpoint", "retired")
+    __slots__ = ("busy_since_s", "call_count", "client", "endpoint", "model_name", "retired")
 
-    def __init__(self, endpoint: EngineEndpoint, client: EngineClient) -> None:
+    def __init__(self, endpoint: EngineEndpoint, model_name: str, client: EngineClient) -> None:
         self.endpoint = endpoint
+        self.model_name = model_name
+        self.busy_since_s = 0.0
         self.client = client
         self.call_count = 0
         self.retired = False
@@ -110,9 +120,10 @@ class ExecutionCoordinator:
         known = self._engines.get(instance.instance_id)
         if known is not None:
             if known.endpoint == endpoint:
+                known.model_name = instance.model_name
                 return
             self._retire(known)
-        self._engines[instance.instance_id] = _Engine(endpoint, self._factory(endpoint))
+        self._engines[instance.instance_id] = _Engine(endpoint, instance.model_name, self._factory(endpoint))
 
     def detach(self, instance_id: str) -> None:
         """Forget an instance; calls in progress go on."""
@@ -133,7 +144,7 @@ class ExecutionCoordinator:
         if engine is None or engine.endpoint != endpoint:
             # It left the fleet, or moved, after the decision; or was never in it. A client for
             # this call alone: attaching would bring back what was taken out.
-            engine = _Engine(endpoint, self._factory(endpoint))
+            engine = _Engine(endpoint, instance.model_name, self._factory(endpoint))
             engine.retired = True
         return engine
 
@@ -145,6 +156,8 @@ class ExecutionCoordinator:
         *,
         sink: EngineSink | None = None,
         model_name: str = "",
+        continuation: Continuation | None = None,
+        timeout_s: float | None = None,
     ) -> ExecutionResult:
         """Run one request on one instance, to its end.
 
@@ -153,29 +166,48 @@ class ExecutionCoordinator:
         Args:
             request: What is asked, validated.
             instance: Where to run it.
-            decision: Why it runs there. For the record only.
+            decision: Why it runs there. Its epoch tells the engine's attempts of one request apart.
             sink: Takes the output as it arrives. Without one the first
                 choice is collected and returned.
             model_name: Served name to ask for; default: the request's, else the instance's.
+            continuation: What earlier attempts produced, to go on after. The
+                sink gets what is new; the outcome's counts are this attempt's own.
+            timeout_s: What is left of the request's deadline; the engine does not work longer.
 
         Raises:
             EngineError: It did not complete.
             InvalidRequestError: It cannot be put into the engine's terms.
+            ValueError: The request cannot be continued.
         """
-        del decision
-        call = make_engine_call(
-            request,
-            model_name or request.model_name or instance.model_name,
-            token_ids=self._config.token_ids,
-        )
+        model = model_name or request.model_name or instance.model_name
+        request_id = engine_request_id(request.request_id, 1 if decision is None else decision.epoch)
+        call: EngineCall | None = None
+        if continuation is None:
+            call = make_engine_call(request, model, token_ids=self._config.token_ids, request_id=request_id)
+        timeouts = self._timeouts
+        if timeout_s is not None:
+            timeouts = dataclasses.replace(timeouts, total_s=timeout_s)
         collected = _CollectingSink() if sink is None else None
+        taker = sink or collected or _CollectingSink()
         engine = self._engine_of(instance)
+        if engine.call_count == 0:
+            engine.busy_since_s = time.monotonic()
         engine.call_count += 1
         self._started += 1
         try:
-            outcome = await engine.client.generate(
-                call, sink or collected or _CollectingSink(), self._timeouts
-            )
+            if call is not None:
+                outcome = await engine.client.generate(call, taker, timeouts)
+            else:
+                assert continuation is not None  # noqa: S101 - one or the other
+                outcome = await continue_generation(
+                    engine.client,
+                    request,
+                    model,
+                    continuation,
+                    taker,
+                    timeouts,
+                    request_id=request_id,
+                )
         except asyncio.CancelledError:
             self._aborted += 1
             raise
@@ -201,6 +233,38 @@ class ExecutionCoordinator:
         if engine is None:
             raise InstanceNotFoundError(instance_id)
         return await engine.client.health(self._config.health_timeout_s)
+
+    async def answers(self, instance_id: str, timeout_s: float) -> bool:
+        """Return whether an engine answers its health check in time; one that is not attached does not."""
+        engine = self._engines.get(instance_id)
+        return engine is not None and (await engine.client.health(timeout_s)).healthy
+
+    async def probe_generation(self, instance_id: str, timeout_s: float | None = None) -> EngineHealth:
+        """Have one instance generate a token, as a hung engine cannot while its ``/health`` is well.
+
+        Args:
+            instance_id: The instance.
+            timeout_s: For the whole probe; default: that of health probes.
+
+        Raises:
+            InstanceNotFoundError: It is not attached.
+        """
+        engine = self._engines.get(instance_id)
+        if engine is None:
+            raise InstanceNotFoundError(instance_id)
+        return await engine.client.probe(
+            engine.model_name, self._config.health_timeout_s if timeout_s is None else timeout_s
+        )
+
+    def silent_since(self, instance_id: str) -> float | None:
+        """Return since when no call on an instance has produced output, on the monotonic clock.
+
+        ``None`` while no call runs there: an idle engine is silent, too.
+        """
+        engine = self._engines.get(instance_id)
+        if engine is None or engine.call_count == 0:
+            return None
+        return max(engine.busy_since_s, engine.client.last_output_s)
 
     async def health_check_all(self) -> dict[str, EngineHealth]:
         """Probe every instance at once; by instance id."""
@@ -231,6 +295,8 @@ def failure_of(error: EngineError, instance_id: str) -> Failure:
         where = f" (parameter {error.parameter})" if error.parameter else ""
         return Failure(ErrorReason.ENGINE_REJECTED, f"the engine refused the request{where}: {error}")
     if isinstance(error, EngineTimeoutError):
+        if error.phase == "total":
+            return Failure(ErrorReason.DEADLINE_EXCEEDED, f"instance {instance_id}: {error}")
         return Failure(ErrorReason.ENGINE_TIMEOUT, f"instance {instance_id}: {error}")
     if isinstance(error, EngineUnreachableError):
         return Failure(ErrorReason.ENGINE_UNREACHABLE, f"instance {instance_id}: {error}")

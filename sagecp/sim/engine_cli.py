@@ -39,6 +39,7 @@ def _fault_options(command: Any) -> Any:  # noqa: ANN401 - click decorates funct
     options = [
         click.option("--die-after-tokens", type=tokens, help="Exit at once after N tokens of any stream."),
         click.option("--cut-after-tokens", type=tokens, help="Close a stream's connection after N tokens."),
+        click.option("--eof-after-tokens", type=tokens, help="End a connection inside the answer after N."),
         click.option("--done-after-tokens", type=tokens, help="Send [DONE] without finish reason after N."),
         click.option("--error-after-tokens", type=tokens, help="Send an error event in a stream after N."),
         click.option("--abort-after-tokens", type=tokens, help="Finish with reason abort after N tokens."),
@@ -46,11 +47,16 @@ def _fault_options(command: Any) -> Any:  # noqa: ANN401 - click decorates funct
         click.option("--garbage-after-tokens", type=tokens, help="Send bytes that are no event after N."),
         click.option("--bad-json-after-tokens", type=tokens, help="Send an event that is no JSON after N."),
         click.option("--stream-fault-limit", type=tokens, help="Hit only the first N streams."),
+        click.option("--stream-fault-marker", help="Hit only streams whose prompt contains this text."),
         click.option("--reject-status", type=click.IntRange(400, 599), help="Status of rejections [500]."),
         click.option("--reject-rate", type=click.FloatRange(0, 1), help="Share of requests rejected."),
         click.option("--reject-first", type=tokens, help="Reject the first N requests."),
         click.option("--slow-factor", type=float, help="Factor on the duration of every step."),
         click.option("--silent-health", is_flag=True, default=None, help="Never answer /health."),
+        click.option("--stalled", is_flag=True, default=None, help="Make no progress; health stays good."),
+        click.option(
+            "--refuse-connections-s", type=click.FloatRange(min=0), help="Refuse connections for so long."
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -158,7 +164,8 @@ def engine_sim(
 
 
 def _run(config: Any, shutdown_timeout_s: float) -> None:  # noqa: ANN401 - EngineServerConfig, imported late
-    from sagecp.sim.engine_server import EngineServer, run_engine_server
+    from sagecp.sim.engine_process import run_engine_server
+    from sagecp.sim.engine_server import EngineServer
 
     def announce(server: EngineServer) -> None:
         pace = config.profile if config.speed == 1 else f"{config.profile}, speed {config.speed:g}"

@@ -19,6 +19,9 @@ class EngineLoop:
     Args:
         model: The engine.
         deliver: Takes the tokens of every step. It may add and abort requests.
+
+    Attributes:
+        paused: Steps begin and do not end; call :meth:`wake` after a change.
     """
 
     def __init__(self, model: EngineModel, deliver: Callable[[list[TokenOutput]], None]) -> None:
@@ -28,6 +31,7 @@ class EngineLoop:
         self._handle: asyncio.Handle | None = None
         self._due_s = 0.0
         self._stopped = False
+        self.paused = False
 
     def now(self) -> float:
         """Return the engine's time, in seconds."""
@@ -39,7 +43,7 @@ class EngineLoop:
             return
         now = time.monotonic()
         due_s = self._model.begin_step(now)
-        if due_s is None:
+        if due_s is None or self.paused:
             self._cancel()
         elif self._handle is None or due_s != self._due_s:
             self._cancel()

@@ -6,9 +6,7 @@ import asyncio
 import hmac
 import itertools
 import logging
-import os
 import random
-import socket
 import time
 import uuid
 import zlib
@@ -28,6 +26,8 @@ from sagecp.sim.engine_metrics import EngineMetrics
 from sagecp.sim.engine_types import EngineRequest, TokenOutput
 from sagecp.sim.fault_control import FaultControl
 from sagecp.sim.generation import Choice, Generation
+from sagecp.sim.listener import Listener
+from sagecp.sim.request_endpoints import add_request_routes
 from sagecp.sim.server_config import EngineServerConfig
 from sagecp.sim.token_source import TokenSource
 from sagecp.sim.tokenizer import EOS_ID
@@ -43,7 +43,6 @@ _BUSY = (
 )
 _STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8"}
 _SERVER_NAME = f"sagecp-engine-sim/{__version__}"
-_EXIT_CODE_OF_DEATH = 1
 # Seeds of a request's further choices, far from each other.
 _CHOICE_STRIDE = 0x5851_F42D
 # As vLLM: an idle connection is closed soon, and a client that reuses it finds out.
@@ -66,7 +65,7 @@ class EngineServer:
         config: What to simulate.
         die: What ``die_after_tokens`` does. The default breaks every
             connection and stops listening, which suits a server inside
-            another process; :func:`exit_process` is the real thing.
+            another process; :func:`~sagecp.sim.engine_process.exit_process` is the real thing.
 
     Attributes:
         config: As given.
@@ -95,8 +94,7 @@ class EngineServer:
         self._draining = False
         self._engine: EngineLoop | None = None
         self._runner: web.AppRunner | None = None
-        self._listener: asyncio.Server | None = None
-        self._port = 0
+        self._listener: Listener | None = None
         self._idle = asyncio.Event()
         self.misbehave(config.misbehaviour.as_dict())
 
@@ -106,10 +104,8 @@ class EngineServer:
         Raises:
             OSError: The address is in use or not this machine's.
         """
-        family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
-        # Bound first: an address in use must fail before anything else exists.
-        listening = socket.create_server((self.config.host, self.config.port), family=family, backlog=2048)
-        self._port = listening.getsockname()[1]
+        listener = Listener(self.config.host, self.config.port)
+        self._listener = listener
         self._engine = EngineLoop(self.model, self._deliver)
         app = web.Application(client_max_size=self.config.max_body_bytes, middlewares=[self._frame_answer])
         app.router.add_post("/v1/completions", self._completions)
@@ -119,6 +115,7 @@ class EngineServer:
         app.router.add_get("/sim/misbehave", self._show_misbehaviour)
         app.router.add_post("/sim/misbehave", self._change_misbehaviour)
         info_endpoints.add_routes(app, self.config, ENGINE_VERSION)
+        add_request_routes(app, self._live.keys(), self.model)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -127,10 +124,11 @@ class EngineServer:
             shutdown_timeout=_CLOSE_TIMEOUT_S,
         )
         await self._runner.setup()
-        loop = asyncio.get_running_loop()
         protocols = self._runner.server
         assert protocols is not None  # noqa: S101 - set-up makes one
-        self._listener = await loop.create_server(protocols, sock=listening, backlog=2048)
+        await listener.open(protocols)
+        self._engine.paused = self.faults.switches.stalled
+        listener.refuse(self.faults.switches.refuse_connections_s)
 
     async def stop(self, timeout_s: float = 0.0) -> None:
         """Stop as vLLM does.
@@ -175,9 +173,9 @@ class EngineServer:
     @property
     def port(self) -> int:
         """The port that is listened on."""
-        if not self._port:
+        if self._listener is None:
             raise RuntimeError("the server has not been started")
-        return self._port
+        return self._listener.port
 
     @property
     def base_url(self) -> str:
@@ -190,8 +188,12 @@ class EngineServer:
         """HTTP requests for text that have not been answered in full."""
         return len(self._live)
 
-    def misbehave(self, changes: dict[str, Any]) -> None:
+    def misbehave(self, changes: dict[str, Any], spared: asyncio.BaseTransport | None = None) -> None:
         """Set switches; streams that run are affected too.
+
+        Args:
+            changes: The switches to set.
+            spared: A connection that is not reset with the others.
 
         Raises:
             MisbehaviourError: A name is unknown or a value makes no sense.
@@ -199,7 +201,22 @@ class EngineServer:
         self.faults.change(changes)
         self.model.slowness = self.faults.switches.slow_factor / self.config.speed
         for generation in self._live:
-            generation.faults = self.faults.switches.stream_faults()
+            generation.faults = self._stream_faults(generation)
+        if self._engine is not None:
+            self._engine.paused = self.faults.switches.stalled
+            self._engine.wake()
+        if self._listener is not None and "refuse_connections_s" in changes:
+            self._listener.refuse(self.faults.switches.refuse_connections_s)
+            if self.faults.switches.refuse_connections_s:
+                self._reset_connections(spared)
+
+    def _stream_faults(self, generation: Generation) -> list[tuple[int, str]]:
+        """Return the faults that may hit a generation."""
+        switches = self.faults.switches
+        marker = switches.stream_fault_marker
+        if marker is not None and not generation.mentions(marker):
+            return []
+        return switches.stream_faults()
 
     def finished(self, request: EngineRequest, reason: str, choice_count: int) -> None:
         """Count a choice that ended with an answer."""
@@ -219,9 +236,12 @@ class EngineServer:
     def _play_dead(self) -> None:
         if self._listener is not None:
             self._listener.close()
+        self._reset_connections()
+
+    def _reset_connections(self, spared: asyncio.BaseTransport | None = None) -> None:
         server = None if self._runner is None else self._runner.server
         for connection in [] if server is None else list(server.connections):
-            if connection.transport is not None:
+            if connection.transport is not None and connection.transport is not spared:
                 connection.transport.abort()
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
@@ -297,8 +317,14 @@ class EngineServer:
         head = ResponseHead(
             ("chatcmpl-" if call.is_chat else "cmpl-") + base, int(time.time()), call.model, self._fingerprint
         )
-        generation = Generation(self, call, head, transport.write, transport.abort)
-        generation.faults = self.faults.switches.stream_faults()
+
+        def write(data: bytes) -> None:
+            # uvloop raises on a transport that was reset, which would lose the step's other tokens.
+            if not transport.is_closing():
+                transport.write(data)
+
+        generation = Generation(self, call, head, write, transport.abort, transport.close)
+        generation.faults = self._stream_faults(generation)
         self._live[generation] = None
         end_token_ids = call.stop_token_ids if call.ignore_eos else call.stop_token_ids | {EOS_ID}
         sampling_seed: int | None = None
@@ -353,11 +379,9 @@ class EngineServer:
         _check_loopback(request)
         try:
             changes = msgspec.json.decode(await request.read(), type=dict[str, Any])
-            self.misbehave(changes)
+            self.misbehave(changes, request.transport)
         except (msgspec.DecodeError, ValueError) as error:
             raise ApiError(str(error)) from error
-        if self._engine is not None:
-            self._engine.wake()
         return await self._show_misbehaviour(request)
 
     @web.middleware
@@ -389,11 +413,6 @@ class EngineServer:
         return scheme.lower() == "bearer" and hmac.compare_digest(key.encode(), self.config.api_key.encode())
 
 
-def exit_process() -> None:
-    """Leave the process at once, without telling anyone."""
-    os._exit(_EXIT_CODE_OF_DEATH)
-
-
 def _check_loopback(request: web.Request) -> None:
     """Refuse callers from elsewhere: these switches are for who runs the engine.
 
@@ -403,31 +422,3 @@ def _check_loopback(request: web.Request) -> None:
     remote = request.remote or ""
     if not (remote.startswith(("127.", "::ffff:127.")) or remote == "::1"):
         raise ApiError("only callers on this machine may do that", status=403, type_="Forbidden")
-
-
-async def run_engine_server(
-    config: EngineServerConfig,
-    *,
-    stop: asyncio.Event,
-    shutdown_timeout_s: float = 0.0,
-    on_listening: Callable[[EngineServer], None] | None = None,
-) -> None:
-    """Serve in a process of its own, until told to stop.
-
-    Args:
-        config: What to simulate.
-        stop: Set it to stop.
-        shutdown_timeout_s: How long running requests may go on after that.
-        on_listening: Called once requests are accepted.
-
-    Raises:
-        OSError: The address is in use or not this machine's.
-    """
-    server = EngineServer(config, die=exit_process)
-    await server.start()
-    try:
-        if on_listening is not None:
-            on_listening(server)
-        await stop.wait()
-    finally:
-        await server.stop(shutdown_timeout_s)

@@ -143,7 +143,8 @@ class Generation:
         call: What was asked for.
         head: Id, time, model.
         write: Sends bytes to the client at once.
-        drop: Closes the client's connection without another byte.
+        drop: Resets the client's connection.
+        close: Closes it in an orderly way, once what was written is sent.
 
     Attributes:
         choices: Filled by the server, before the first token.
@@ -160,6 +161,7 @@ class Generation:
         head: ResponseHead,
         write: Callable[[bytes], object],
         drop: Callable[[], object],
+        close: Callable[[], object],
     ) -> None:
         self.call = call
         self.head = head
@@ -171,6 +173,7 @@ class Generation:
         self.spoiled = False
         self._host = host
         self._drop = drop
+        self._close = close
         self._open_choice_count = 0
         self._role_sent = False
 
@@ -178,6 +181,10 @@ class Generation:
         """Take a choice in, before its request is added to the engine."""
         self.choices.append(choice)
         self._open_choice_count += 1
+
+    def mentions(self, text: str) -> bool:
+        """Return whether a prompt contains a text."""
+        return any(text in tokenizer.decode(prompt) for prompt in self.call.prompts)
 
     def push(self, choice: Choice, token_id: int, finish_reason: str) -> None:
         """Handle a token that needs more than its event."""
@@ -308,6 +315,9 @@ class Generation:
             # What was written before must still reach the client: close after the loop has sent it.
             loop = asyncio.get_running_loop()
             loop.call_soon(loop.call_soon, self._drop)
+        elif kind == "eof":
+            self.leave_engine()
+            self._close()
         elif kind == "hang":
             for choice in self.choices:
                 self._host.model.stall(choice.request.request_id)

@@ -26,6 +26,7 @@ class Misbehaviour:
     Attributes:
         die_after_tokens: The process exits at once when any stream has sent so many tokens.
         cut_after_tokens: The connection is reset.
+        eof_after_tokens: The connection is closed in an orderly way, inside the answer.
         done_after_tokens: ``[DONE]`` is sent without a finish reason.
         error_after_tokens: An error event is sent inside the stream, then ``[DONE]``.
         abort_after_tokens: The answer ends with finish reason ``abort``.
@@ -33,15 +34,21 @@ class Misbehaviour:
         garbage_after_tokens: Bytes that are no event are sent, then the stream goes on.
         bad_json_after_tokens: An event that is no JSON is sent, then the stream goes on.
         stream_fault_limit: Only so many streams are hit; ``None`` is all.
+        stream_fault_marker: Only streams whose prompt contains this text are hit;
+            with ``die_after_tokens`` that is a poisonous request.
         reject_status: The HTTP status of rejected requests, 400 to 599.
         reject_rate: Share of generation requests that are rejected, 0 to 1.
         reject_first: So many generation requests are rejected, from when it is set.
         slow_factor: Factor on the duration of every engine step.
         silent_health: ``/health`` accepts the request and never answers.
+        stalled: No request makes any progress, and ``/health`` stays 200; undone, all go on.
+        refuse_connections_s: For so long from when it is set connections are
+            refused, and those that were open are reset.
     """
 
     die_after_tokens: int | None = None
     cut_after_tokens: int | None = None
+    eof_after_tokens: int | None = None
     done_after_tokens: int | None = None
     error_after_tokens: int | None = None
     abort_after_tokens: int | None = None
@@ -49,11 +56,14 @@ class Misbehaviour:
     garbage_after_tokens: int | None = None
     bad_json_after_tokens: int | None = None
     stream_fault_limit: int | None = None
+    stream_fault_marker: str | None = None
     reject_status: int = 500
     reject_rate: float = 0.0
     reject_first: int = 0
     slow_factor: float = 1.0
     silent_health: bool = False
+    stalled: bool = False
+    refuse_connections_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (*STREAM_FAULTS, "stream_fault_limit"):
@@ -64,8 +74,14 @@ class Misbehaviour:
         _check_integer("reject_first", self.reject_first, 0, _MAX_TOKENS)
         _check_number("reject_rate", self.reject_rate, 0.0, 1.0)
         _check_number("slow_factor", self.slow_factor, 0.001, 1e6)
-        if not isinstance(self.silent_health, bool):
-            raise MisbehaviourError(f"silent_health must be true or false, not {self.silent_health!r}")
+        _check_number("refuse_connections_s", self.refuse_connections_s, 0.0, 86_400.0)
+        for name in ("silent_health", "stalled"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise MisbehaviourError(f"{name} must be true or false, not {value!r}")
+        marker = self.stream_fault_marker
+        if marker is not None and (not isinstance(marker, str) or not marker):
+            raise MisbehaviourError(f"stream_fault_marker must be a text or null, not {marker!r}")
 
     def changed(self, changes: Mapping[str, Any]) -> Misbehaviour:
         """Return these switches with some set anew; ``None`` turns one off.
@@ -94,6 +110,7 @@ class Misbehaviour:
 STREAM_FAULTS: dict[str, str] = {
     "die_after_tokens": "die",
     "cut_after_tokens": "cut",
+    "eof_after_tokens": "eof",
     "done_after_tokens": "done",
     "error_after_tokens": "error",
     "abort_after_tokens": "abort",

@@ -9,7 +9,9 @@ import asyncio
 import functools
 import inspect
 import json
+import math
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +77,12 @@ class Sink:
     def __init__(self) -> None:
         self.reads: list[list[EngineDelta]] = []
         self.arrived = asyncio.Event()
+        self.prompts: list[list[int]] = []
+
+    def on_prompt(self, token_ids: Sequence[int]) -> None:
+        assert token_ids
+        assert not self.reads
+        self.prompts.append(list(token_ids))
 
     def on_deltas(self, deltas: Sequence[EngineDelta]) -> None:
         assert deltas
@@ -617,6 +625,298 @@ async def test_slow_is_not_silent(make_client: MakeClient) -> None:
         timeouts = EngineTimeouts(first_token_s=5, inter_token_s=0.2)
         await generate(make_client(EngineEndpoint(engine.url)), sink, timeouts)
         assert len(sink.deltas) == 21
+
+
+# The request's own time.
+
+
+@pytest.mark.parametrize("tokens", [0, 3], ids=["before output", "amid output"])
+@on_every_client_and_loop
+async def test_a_call_ends_with_the_requests_time(make_client: MakeClient, tokens: int) -> None:
+    async def endless(request: Request) -> None:
+        try:
+            await request.send(SSE_HEAD)
+            for _ in range(tokens):
+                await request.send_events(token("a"))
+            while tokens:
+                await request.send_events(token("a"))
+                await asyncio.sleep(0.005)
+            await request.disconnected()
+        finally:
+            gone.set()
+
+    gone = asyncio.Event()
+    async with scripted_engine(endless) as engine:
+        sink = Sink()
+        error = await failure(
+            make_client(EngineEndpoint(engine.url)), sink, timeouts=EngineTimeouts(total_s=0.15)
+        )
+        assert isinstance(error, EngineTimeoutError)
+        assert error.phase == "total"
+        # Neither the engine's fault, nor anything that another attempt could help.
+        assert not error.counts_against_engine
+        assert not error.retryable
+        assert bool(sink.reads) is (tokens > 0)
+        await gone.wait()
+
+
+@on_every_client_and_loop
+async def test_the_requests_time_counts_connecting(make_client: MakeClient) -> None:
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for each in (first, second):
+            each.setblocking(False)
+            each.connect_ex(listener.getsockname())
+        client = make_client(EngineEndpoint(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+        error = await failure(client, timeouts=EngineTimeouts(connect_s=30, total_s=0.1))
+        assert isinstance(error, EngineTimeoutError)
+        assert error.phase == "total"
+
+
+@on_every_client_and_loop
+async def test_a_call_that_is_done_in_time_is_done(make_client: MakeClient) -> None:
+    async with scripted_engine(complete) as engine:
+        client = make_client(EngineEndpoint(engine.url))
+        for _ in range(3):
+            outcome = await generate(client, timeouts=EngineTimeouts(total_s=30))
+            assert outcome.finish_reasons == ("length",)
+
+
+# What is asked beside generation.
+
+
+@on_every_client_and_loop
+async def test_the_prompts_token_ids_come_before_any_output(make_client: MakeClient) -> None:
+    async def completion(request: Request) -> None:
+        await request.stream(
+            token("one", token_ids=[1], prompt_token_ids=[7, 8]),
+            token("", "stop", token_ids=[2], prompt_token_ids=None),
+            DONE,
+        )
+
+    async def chat(request: Request) -> None:
+        role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+        await request.stream(sse({**role, "prompt_token_ids": [7, 8]}), token("", "stop"), DONE)
+
+    async def silent_about_it(request: Request) -> None:
+        await request.stream(token("one"), token("", "stop", prompt_token_ids=[7]), DONE)
+
+    async with scripted_engine(completion, chat, silent_about_it) as engine:
+        client = make_client(EngineEndpoint(engine.url))
+        for expected in ([[7, 8]], [[7, 8]], []):
+            sink = Sink()
+            await generate(client, sink)
+            assert sink.prompts == expected
+
+
+@on_every_client_and_loop
+async def test_a_prompt_with_impossible_token_ids_is_no_answer(make_client: MakeClient) -> None:
+    async def impossible(request: Request) -> None:
+        await request.stream(token("a", prompt_token_ids=[1, 2**32]), token("", "stop"), DONE)
+
+    async with scripted_engine(impossible) as engine:
+        sink = Sink()
+        assert type(await failure(make_client(EngineEndpoint(engine.url)), sink)) is EngineStreamBrokenError
+        assert not sink.prompts
+        assert not sink.reads
+
+
+@on_every_client_and_loop
+async def test_the_time_of_the_last_output_is_known(make_client: MakeClient) -> None:
+    async def tokens(request: Request) -> None:
+        asked.set()
+        await request.send(SSE_HEAD)
+        await request.send_events(sse({"choices": [{"delta": {"role": "assistant"}}]}))
+        await go_on.wait()
+        await request.send_events(token("a"), token("", "stop"), DONE)
+        await request.send(b"0\r\n\r\n")
+
+    asked, go_on = asyncio.Event(), asyncio.Event()
+    async with scripted_engine(tokens) as engine:
+        client = make_client(EngineEndpoint(engine.url))
+        assert client.last_output_s == -math.inf
+        call = asyncio.create_task(generate(client))
+        await asked.wait()
+        assert client.last_output_s == -math.inf
+        before_s = time.monotonic()
+        go_on.set()
+        await call
+        # The loop's clock may tick in milliseconds.
+        assert before_s - 0.01 <= client.last_output_s <= time.monotonic() + 0.01
+
+
+@on_every_client_and_loop
+async def test_a_probe_asks_for_one_token(make_client: MakeClient) -> None:
+    async def one_token(request: Request) -> None:
+        body = {"choices": [{"index": 0, "text": "a", "finish_reason": "length"}]}
+        await request.answer("200 OK", json.dumps(body).encode())
+
+    async with scripted_engine(one_token) as engine:
+        health = await make_client(EngineEndpoint(engine.url)).probe("tiny", 5.0)
+        assert (health.healthy, health.detail) == (True, "")
+        assert health.latency_s >= 0
+        request = engine.requests[0]
+        assert (request.method, request.path) == ("POST", "/v1/completions")
+        body = json.loads(request.body)
+        assert (body["model"], body["max_tokens"], body.get("stream", False)) == ("tiny", 1, False)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "detail"),
+    [
+        ("500 Internal Server Error", b'{"error":{"message":"dead"}}', "dead"),
+        ("503 Service Unavailable", b'{"error":{"message":"full"}}', "full"),
+        ("404 Not Found", b'{"error":{"message":"no such model"}}', "no such model"),
+        ("200 OK", b"garbage", "not understood"),
+        ("200 OK", b'{"choices":[{"index":0,"text":"a","finish_reason":"abort"}]}', "aborted"),
+        ("200 OK", b'{"choices":[{"index":0,"text":"a"}]}', "finish reason"),
+        ("200 OK", b'{"error":{"message":"died"}}', "died"),
+    ],
+)
+@on_every_client_and_loop
+async def test_a_probe_that_finds_no_token(
+    make_client: MakeClient, status: str, body: bytes, detail: str
+) -> None:
+    async def answer(request: Request) -> None:
+        await request.answer(status, body)
+
+    async with scripted_engine(answer) as engine:
+        health = await make_client(EngineEndpoint(engine.url)).probe("tiny", 5.0)
+        assert not health.healthy
+        assert detail in health.detail
+
+
+@on_every_client_and_loop
+async def test_a_probe_of_a_hung_engine(make_client: MakeClient) -> None:
+    async def hang(request: Request) -> None:
+        await request.disconnected()
+
+    async with scripted_engine(hang) as engine:
+        health = await make_client(EngineEndpoint(engine.url)).probe("tiny", 0.1)
+        assert not health.healthy
+        assert "0.1 s" in health.detail
+    # And of one that is not there at all.
+    health = await make_client(EngineEndpoint(engine.url)).probe("tiny", 5.0)
+    assert not health.healthy
+    assert "Connection refused" in health.detail
+
+
+@on_every_client_and_loop
+async def test_the_text_of_tokens(make_client: MakeClient) -> None:
+    async def detokenize(request: Request) -> None:
+        await request.answer("200 OK", json.dumps({"prompt": "é\ufffd"}).encode())
+
+    async with scripted_engine(detokenize) as engine:
+        client = make_client(EngineEndpoint(engine.url))
+        assert await client.detokenize("tiny", (1, 2), 5.0) == "é\ufffd"
+        request = engine.requests[0]
+        assert (request.method, request.path) == ("POST", "/detokenize")
+        assert json.loads(request.body) == {"model": "tiny", "tokens": [1, 2]}
+
+
+@on_every_client_and_loop
+async def test_the_length_of_the_context(make_client: MakeClient) -> None:
+    async def models(request: Request) -> None:
+        cards = [{"id": "other", "max_model_len": 1}, {"id": "tiny", "max_model_len": 8192}]
+        await request.answer("200 OK", json.dumps({"data": cards}).encode())
+
+    async with scripted_engine(models) as engine:
+        client = make_client(EngineEndpoint(engine.url))
+        assert await client.context_token_count("tiny", 5.0) == 8192
+        assert (engine.requests[0].method, engine.requests[0].path) == ("GET", "/v1/models")
+        with pytest.raises(EngineStreamBrokenError, match="does not tell the context of 'absent'"):
+            await client.context_token_count("absent", 5.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        ("404 Not Found", b'{"detail":"Not Found"}', EngineRejectedError),
+        ("500 Internal Server Error", b"", EngineFailedError),
+        ("401 Unauthorized", b"{}", EngineUnauthorizedError),
+        ("200 OK", b"garbage", EngineStreamBrokenError),
+        ("200 OK", b"[]", EngineStreamBrokenError),
+        ("200 OK", b'{"prompt":7,"data":[{"id":"tiny"},7]}', EngineStreamBrokenError),
+    ],
+)
+@on_every_client_and_loop
+async def test_questions_that_are_not_answered(
+    make_client: MakeClient, status: str, body: bytes, kind: type[EngineError]
+) -> None:
+    async def answer(request: Request) -> None:
+        await request.answer(status, body)
+
+    async with scripted_engine(answer) as engine:
+        client = make_client(EngineEndpoint(engine.url))
+        for question in (client.detokenize("tiny", (1,), 5.0), client.context_token_count("tiny", 5.0)):
+            with pytest.raises(EngineError) as caught:
+                await question
+            assert type(caught.value) is kind
+
+
+@on_every_client_and_loop
+async def test_an_engine_that_dies_of_a_question_did_not_die_of_a_request(make_client: MakeClient) -> None:
+    async def die(request: Request) -> None:
+        request.reset()
+
+    async def die_amid_the_answer(request: Request) -> None:
+        await request.send(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+        )
+        request.close()
+
+    async with scripted_engine(die, die_amid_the_answer) as engine:
+        client = make_client(EngineEndpoint(engine.url))
+        for _ in range(2):
+            with pytest.raises(EngineUnreachableError) as caught:
+                await client.detokenize("tiny", (1,), 5.0)
+            assert not caught.value.sent
+
+
+@on_every_client_and_loop
+async def test_questions_that_take_too_long(make_client: MakeClient) -> None:
+    async def hang(request: Request) -> None:
+        await request.disconnected()
+
+    async with scripted_engine(hang) as engine:
+        client = make_client(EngineEndpoint(engine.url))
+        for question in (client.detokenize("tiny", (1,), 0.1), client.context_token_count("tiny", 0.1)):
+            with pytest.raises(EngineTimeoutError):
+                await question
+
+
+# A sink that has heard enough.
+
+
+@pytest.mark.parametrize("ending", ["whole", "broken", "open"])
+@on_every_client_and_loop
+async def test_the_sink_may_have_the_call_cancelled(make_client: MakeClient, ending: str) -> None:
+    """Even in the very read that would have ended it."""
+
+    async def answer(request: Request) -> None:
+        try:
+            events = [token("a"), token("", "stop"), DONE] if ending == "whole" else [token("a")]
+            last = b"data: {\n\n" if ending == "broken" else b""
+            await request.send(SSE_HEAD + chunk(b"".join(events) + last))
+            await request.disconnected()
+        finally:
+            gone.set()
+
+    class Ending(Sink):
+        def on_deltas(self, deltas: Sequence[EngineDelta]) -> None:
+            super().on_deltas(deltas)
+            call.cancel()
+
+    gone = asyncio.Event()
+    async with scripted_engine(answer) as engine:
+        sink = Ending()
+        call = asyncio.create_task(generate(make_client(EngineEndpoint(engine.url)), sink))
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert sink.text == "a"
+        assert len(sink.reads) == 1
+        await gone.wait()
 
 
 # Connections.

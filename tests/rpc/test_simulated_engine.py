@@ -15,7 +15,7 @@ from sagecp.config import EngineConfig, RuntimeConfig
 from sagecp.sim.engine_server import EngineServer
 from sagecp.sim.server_config import EngineServerConfig
 from sagecp.v1 import inference_service_pb2, request_pb2
-from tests.support.rpc_rig import MODEL, Rig, next_event, read_all, reason_of, running_rig
+from tests.support.rpc_rig import MODEL, Output, Rig, next_event, read_all, reason_of, running_rig
 from tests.support.waiting import until
 
 pb = inference_service_pb2
@@ -151,8 +151,34 @@ async def test_a_stream_that_breaks_is_never_taken_for_complete(fault: str) -> N
         assert output.error is not None
         assert (output.error.code(), reason_of(output.error)) == (Code.UNAVAILABLE, "ENGINE_FAILED")
         assert output.terminal.state == request_pb2.REQUEST_STATE_FAILED
-        assert 1 <= output.terminal.token_count <= 3
-        assert len(output.terminal.request.attempts) == 1
+        # Each of the attempts goes on after the one before it, and is lost in turn.
+        attempts = output.terminal.request.attempts
+        assert len(attempts) == 3
+        assert 1 <= output.terminal.token_count <= 3 * len(attempts)
+
+
+@pytest.mark.parametrize("stop", [(), ("never in the output",)], ids=["", "with held back text"])
+@pytest.mark.parametrize("fault", [*MID_STREAM, "eof_after_tokens", "garbage_after_tokens"])
+async def test_a_stream_that_breaks_goes_on_as_if_nothing_had_happened(
+    fault: str, stop: tuple[str, ...]
+) -> None:
+    async with site(2) as running:
+        sampling = request_pb2.SamplingParameters(max_tokens=40, temperature=0, stop=stop)
+        whole = await read_all(running.generate("whole", sampling=sampling))
+        # Of each engine the first stream is lost.
+        running.misbehave(**{fault: 7, "stream_fault_limit": 1})
+        spliced = await read_all(running.generate("spliced", sampling=sampling))
+        assert spliced.error is None
+        assert len(spliced.terminal.request.attempts) > 1
+        assert spliced.text == whole.text
+        assert token_ids_of(spliced) == token_ids_of(whole)
+        assert spliced.terminal.finish_reason == whole.terminal.finish_reason == "length"
+        assert spliced.terminal.usage.prompt_token_count == whole.terminal.usage.prompt_token_count
+        assert spliced.terminal.usage.completion_token_count == 40
+
+
+def token_ids_of(output: Output) -> list[int]:
+    return [token_id for chunk in output.chunks for token_id in chunk.token_ids]
 
 
 async def test_an_engine_that_breaks_before_the_first_token_is_passed_over() -> None:

@@ -164,6 +164,96 @@ async def test_steps_get_slower(server: EngineServer) -> None:
     assert loop.time() - began > 10 * 0.002 * 10 * 0.9
 
 
+async def test_a_connection_ends_in_an_orderly_way_inside_the_answer(server: EngineServer) -> None:
+    await misbehave(server, eof_after_tokens=4)
+    exchange = await open_exchange(server.port, "/v1/completions", completion(stream=True))
+    await exchange.head()
+    for _ in range(4):
+        await exchange.chunk()
+    # A reset would raise here.
+    assert await exchange.reader.read() == b""
+    exchange.close()
+    await until(lambda: server.model.request_count == 0)
+
+
+@pytest.mark.parametrize("as_token_ids", [False, True])
+async def test_only_streams_with_the_marker_in_their_prompt_are_hit(
+    server: EngineServer, as_token_ids: bool
+) -> None:
+    await misbehave(server, die_after_tokens=0, stream_fault_marker="arsenic")
+    assert (await complete(server, prompt="bread", stream=True)).complete
+    prompt: Any = "bread with arsenic in it"
+    if as_token_ids:
+        prompt = (await send(server.port, "/tokenize", {"prompt": prompt})).json["tokens"]
+    assert not (await complete(server, prompt=prompt, stream=True)).complete
+    with pytest.raises(ConnectionError):
+        await open_exchange(server.port, "/health", method="GET")
+
+
+async def test_an_engine_stalls_and_goes_on(server: EngineServer) -> None:
+    exchange = await open_exchange(server.port, "/v1/completions", completion(stream=True, max_tokens=400))
+    await exchange.head()
+    await exchange.chunk()
+    await misbehave(server, stalled=True)
+    waiting = asyncio.create_task(complete(server, stream=True))
+    await until(lambda: server.model.running_count == 2)
+    tokens = server.model.counters.generation_tokens
+    assert (await send(server.port, "/health", method="GET")).status == 200
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(waiting), 0.1)
+    assert server.model.counters.generation_tokens == tokens
+    await misbehave(server, stalled=False)
+    assert (await waiting).finish_reason == "length"
+    assert (await exchange.rest()).finish_reason == "length"
+
+
+async def test_connections_are_refused_for_a_while(server: EngineServer) -> None:
+    exchange = await open_exchange(server.port, "/v1/completions", completion(stream=True, max_tokens=5000))
+    await exchange.head()
+    # The answer to the switch itself still comes.
+    assert (await misbehave(server, refuse_connections_s=60)).json["refuse_connections_s"] == 60
+    assert not (await exchange.rest()).complete
+    with pytest.raises(ConnectionRefusedError):
+        await open_exchange(server.port, "/health", method="GET")
+    server.misbehave({"refuse_connections_s": None})
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                await assert_works(server)
+                break
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.01)
+    assert server.live_request_count == 0
+
+
+async def test_requests_in_progress_are_told_and_aborted_by_id(server: EngineServer) -> None:
+    streams = {}
+    for name in ("one", "two", "three"):
+        body = completion(stream=True, max_tokens=5000)
+        streams[name] = await open_exchange(
+            server.port, "/v1/completions", body, headers={"X-Request-Id": name}
+        )
+        await streams[name].head()
+        await streams[name].chunk()
+    shown = (await send(server.port, "/sim/requests", method="GET")).json
+    assert sorted(shown["request_ids"]) == ["one", "three", "two"]
+    assert (shown["running_count"], shown["waiting_count"]) == (3, 0)
+    answer = await send(server.port, "/abort_requests", {"request_ids": ["two", "unknown"]})
+    assert answer.json == {"status": "aborted", "aborted": 2}
+    assert (await streams.pop("two").rest()).finish_reason == "abort"
+    assert server.model.request_count == 2
+    assert (await send(server.port, "/abort_requests", {})).json["aborted"] == 2
+    for stream in streams.values():
+        assert (await stream.rest()).finish_reason == "abort"
+    await until(lambda: server.live_request_count == 0)
+    assert (await send(server.port, "/sim/requests", method="GET")).json["request_ids"] == []
+    bad_bodies: list[Any] = [[], {"request_ids": [1]}, {"request_ids": "all"}]
+    for bad in bad_bodies:
+        answer = await send(server.port, "/abort_requests", bad)
+        assert answer.status == 400
+        assert "request_ids" in answer.json["error"]["message"]
+
+
 async def test_health_is_never_answered(server: EngineServer) -> None:
     await misbehave(server, silent_health=True)
     exchange = await open_exchange(server.port, "/health", method="GET")

@@ -96,7 +96,7 @@ async def effects_of_control_loop(config: SchedulerConfig, steps: Any) -> list[E
         # A refusal is raised for whoever submitted.
         with contextlib.suppress(SageError):
             if isinstance(step.event, ev.RequestArrived):
-                loop.submit(step.event.metadata, b"")
+                loop.submit(step.event.metadata, b"", durable=False)
             else:
                 loop.feed(step.event)
     await loop.stop()

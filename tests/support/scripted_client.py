@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from sagecp.runtime.engines.base import (
 )
 
 WAIT_S = 10.0
+# Of the tokens that are sent; those below are the tests' own prompts.
+_FIRST_ID = 1000
 
 
 class ScriptedCall:
@@ -37,13 +40,22 @@ class ScriptedCall:
         ended: Set when it is over, in whatever way.
     """
 
-    def __init__(self, call: EngineCall, sink: EngineSink, timeouts: EngineTimeouts) -> None:
+    def __init__(
+        self, call: EngineCall, sink: EngineSink, timeouts: EngineTimeouts, texts: dict[int, str]
+    ) -> None:
         self.call = call
         self.timeouts = timeouts
         self.cancelled = False
         self.ended = asyncio.Event()
         self.token_count = 0
         self._sink = sink
+        self._texts = texts
+        # A continuation's prompt holds the tokens that exist; new ones are numbered on.
+        prompt = self.body.get("prompt")
+        earlier = (
+            [token_id for token_id in prompt if token_id >= _FIRST_ID] if isinstance(prompt, list) else []
+        )
+        self._next_id = max(earlier, default=_FIRST_ID - 1) + 1
         self._result: asyncio.Future[EngineOutcome] = asyncio.get_running_loop().create_future()
 
     @property
@@ -57,12 +69,17 @@ class ScriptedCall:
         decoded: dict[str, Any] = json.loads(self.call.body)
         return decoded
 
+    def tell_prompt(self, token_ids: Sequence[int]) -> None:
+        """Tell which token ids the prompt has."""
+        self._sink.on_prompt(token_ids)
+
     def send(self, *texts: str, choice_index: int = 0, raw: bytes | None = None) -> None:
         """Produce one token per text, all found in one read of the socket."""
         deltas = []
         for text in texts:
-            token_ids = (1000 + self.token_count,)
-            deltas.append(EngineDelta(choice_index, text, token_ids, 1, raw=raw))
+            deltas.append(EngineDelta(choice_index, text, (self._next_id,), 1, raw=raw))
+            self._texts[self._next_id] = text
+            self._next_id += 1
             self.token_count += 1
         self.send_deltas(deltas)
 
@@ -116,10 +133,13 @@ class ScriptedEngine:
         health_error: Raised by probes, when given.
         health_gate: When given, probes do not answer before it is set.
         probe_count: Probes so far.
+        hung: Whether a probe for one token fails, whatever its health says.
+        last_output_s: When it last produced output, on the monotonic clock.
+        texts: The text of every token that was sent last under its id, by any engine of the fleet.
         clients: Every client that was made for it.
     """
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, texts: dict[int, str] | None = None) -> None:
         self.base_url = base_url
         self.calls: list[ScriptedCall] = []
         self.automatic: Callable[[ScriptedCall], None] | None = None
@@ -127,6 +147,9 @@ class ScriptedEngine:
         self.health_error: Exception | None = None
         self.health_gate: asyncio.Event | None = None
         self.probe_count = 0
+        self.hung = False
+        self.last_output_s = -math.inf
+        self.texts: dict[int, str] = {} if texts is None else texts
         self.clients: list[ScriptedClient] = []
         self._arrived: asyncio.Queue[ScriptedCall] = asyncio.Queue()
         self._probed: asyncio.Queue[bool] = asyncio.Queue()
@@ -146,7 +169,7 @@ class ScriptedEngine:
 
     async def generate(self, call: EngineCall, sink: EngineSink, timeouts: EngineTimeouts) -> EngineOutcome:
         """Run a call as the test says."""
-        scripted = ScriptedCall(call, sink, timeouts)
+        scripted = ScriptedCall(call, sink, timeouts, self.texts)
         self.calls.append(scripted)
         self._arrived.put_nowait(scripted)
         if self.automatic is not None:
@@ -186,6 +209,27 @@ class ScriptedClient:
         except TimeoutError:
             return EngineHealth(False, timeout_s, f"no answer within {timeout_s:g} s")
 
+    @property
+    def last_output_s(self) -> float:
+        """When any call last produced output."""
+        return self.engine.last_output_s
+
+    async def probe(self, model: str, timeout_s: float) -> EngineHealth:
+        """Answer as a health probe, unless the engine is hung."""
+        if self.engine.hung:
+            return EngineHealth(False, timeout_s, f"no token of {model} within {timeout_s:g} s")
+        return await self.health(timeout_s)
+
+    async def detokenize(self, model: str, token_ids: Sequence[int], timeout_s: float) -> str:
+        """Return the texts that were sent with these tokens."""
+        del model, timeout_s
+        return "".join(self.engine.texts.get(token_id, f"<{token_id}>") for token_id in token_ids)
+
+    async def context_token_count(self, model: str, timeout_s: float) -> int:
+        """Return the length of the script's context."""
+        del model, timeout_s
+        return 8192
+
     async def close(self) -> None:
         """Refuse further calls."""
         self.closed = True
@@ -199,6 +243,7 @@ class ScriptedFleet:
 
     def __init__(self) -> None:
         self.engines: dict[str, ScriptedEngine] = {}
+        self.texts: dict[int, str] = {}
 
     def __call__(self, endpoint: EngineEndpoint) -> ScriptedClient:
         """Return a client of the engine that listens at the endpoint."""
@@ -212,7 +257,7 @@ class ScriptedFleet:
 
     def at(self, base_url: str) -> ScriptedEngine:
         """Return the engine at a URL."""
-        return self.engines.setdefault(base_url, ScriptedEngine(base_url))
+        return self.engines.setdefault(base_url, ScriptedEngine(base_url, self.texts))
 
     def instance(
         self,

@@ -316,6 +316,9 @@ class _Sink:
     def __init__(self) -> None:
         self.deltas: list[EngineDelta] = []
 
+    def on_prompt(self, token_ids: Any) -> None:
+        pass
+
     def on_deltas(self, deltas: Any) -> None:
         assert deltas
         self.deltas.extend(deltas)

@@ -53,6 +53,11 @@ def test_token_counts_must_be_sensible(name: str, value: object) -> None:
         ("slow_factor", 0),
         ("slow_factor", float("inf")),
         ("silent_health", 1),
+        ("stalled", 1),
+        ("refuse_connections_s", -1),
+        ("refuse_connections_s", "long"),
+        ("stream_fault_marker", ""),
+        ("stream_fault_marker", 5),
     ],
 )
 def test_other_values_must_be_sensible_too(name: str, value: object) -> None:

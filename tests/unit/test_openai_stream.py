@@ -394,3 +394,60 @@ def test_any_json_gives_deltas_or_an_engine_error(value: Any, status: int) -> No
 def test_any_bytes_give_an_engine_error(payload: bytes) -> None:
     with pytest.raises(EngineError):
         parse(payload, DONE)
+
+
+def prompts_told(*payloads: bytes, whole: bool = False) -> list[list[int]]:
+    told: list[list[int]] = []
+    parser = OpenAiStreamParser(on_prompt=lambda ids: told.append(list(ids)))
+    for payload in payloads:
+        if whole:
+            parser.parse_whole(payload)
+        else:
+            parser.parse(payload)
+    return told
+
+
+TOKEN = {"index": 0, "text": "a", "token_ids": [9]}
+ROLE = {"index": 0, "delta": {"role": "assistant", "content": ""}}
+
+
+@pytest.mark.parametrize(
+    ("payloads", "told"),
+    [
+        (
+            [event({**TOKEN, "prompt_token_ids": [1, 2]}), event({**TOKEN, "prompt_token_ids": None})],
+            [[1, 2]],
+        ),
+        ([event(ROLE, prompt_token_ids=[1, 2], prompt_text=None), event(TOKEN)], [[1, 2]]),
+        # Once is enough, whatever the engine repeats.
+        ([event({**TOKEN, "prompt_token_ids": [1]}), event({**TOKEN, "prompt_token_ids": [2]})], [[1]]),
+        ([event(ROLE, prompt_token_ids=[1]), event({**TOKEN, "prompt_token_ids": [2]})], [[1]]),
+        # Only before the output, so that later events need not be looked at.
+        ([event(TOKEN), event({**TOKEN, "prompt_token_ids": [1]})], []),
+        ([event(ROLE), event({**TOKEN, "prompt_token_ids": [1]})], [[1]]),
+        ([event({**TOKEN, "prompt_token_ids": []}), event(TOKEN)], []),
+        ([event({**TOKEN, "prompt_token_ids": [2**32 - 1, 0]})], [[2**32 - 1, 0]]),
+        ([event({**TOKEN, "prompt_token_ids": [5]}, {**TOKEN, "index": 1, "prompt_token_ids": [6]})], [[5]]),
+    ],
+)
+def test_the_prompts_token_ids_are_told_once(payloads: list[bytes], told: list[list[int]]) -> None:
+    assert prompts_told(*payloads) == told
+
+
+def test_a_whole_answer_tells_the_prompt_too() -> None:
+    choice = {"index": 0, "text": "a", "token_ids": [9], "finish_reason": "stop", "prompt_token_ids": [1]}
+    assert prompts_told(event(choice), whole=True) == [[1]]
+    message = {"index": 0, "message": {"content": "a"}, "finish_reason": "stop"}
+    assert prompts_told(event(message, prompt_token_ids=[1]), whole=True) == [[1]]
+
+
+@pytest.mark.parametrize("ids", [[-1], [1, 2**32], [2**70], ["1"], [1.5], 7, [None]])
+def test_a_prompt_that_is_no_list_of_token_ids_breaks_the_stream(ids: Any) -> None:
+    for payload in (event({**TOKEN, "prompt_token_ids": ids}), event(ROLE, prompt_token_ids=ids)):
+        with pytest.raises(EngineStreamBrokenError):
+            prompts_told(payload)
+
+
+def test_nobody_needs_to_hear_of_the_prompt() -> None:
+    parser = parse(event({**TOKEN, "prompt_token_ids": [1, 2]}), event(TOKEN))
+    assert len(parser.deltas) == 2

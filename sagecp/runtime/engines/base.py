@@ -13,6 +13,7 @@ It must not block and must not raise.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -51,11 +52,13 @@ class EngineTimeouts:
             (covers the engine's own queue and the prefill).
         inter_token_s: Between two pieces of output: a stopped engine keeps
             its connections open, so only this detects it.
+        total_s: From the call to its end: what is left of the request's deadline.
     """
 
     connect_s: float = 5.0
     first_token_s: float = 300.0
     inter_token_s: float = 60.0
+    total_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class EngineCall:
     expected_choice_count: int = 1
 
 
-class EngineDelta(msgspec.Struct, gc=False, eq=False):
+class EngineDelta(msgspec.Struct, gc=False, eq=False, array_like=True):
     """One piece of output for one choice.
 
     One is made per engine chunk: a struct costs a third of a class with
@@ -112,6 +115,13 @@ class EngineDelta(msgspec.Struct, gc=False, eq=False):
 
 class EngineSink(Protocol):
     """Receives output as it arrives, synchronously, from the read callback."""
+
+    def on_prompt(self, token_ids: Sequence[int]) -> None:
+        """Take the ids of the prompt as the engine reads it, each below 2**32.
+
+        Called at most once for a call, before the first delta, and only where
+        the engine gives the ids (never empty).
+        """
 
     def on_deltas(self, deltas: Sequence[EngineDelta]) -> None:
         """Take the pieces found in one read of the socket, in order (never empty)."""
@@ -148,19 +158,31 @@ class EngineError(Exception):
 
 
 class EngineUnreachableError(EngineError):
-    """No connection: refused, reset before a response, name not found, connect timeout."""
+    """No connection: refused, reset before a response, name not found, connect timeout.
+
+    Attributes:
+        sent: The call had been sent when the connection was lost.
+    """
+
+    def __init__(self, message: str, *, sent: bool = False) -> None:
+        super().__init__(message)
+        self.sent = sent
 
 
 class EngineTimeoutError(EngineError):
     """The engine was silent for too long.
 
     Attributes:
-        phase: ``first_token`` or ``inter_token``.
+        phase: ``first_token``, ``inter_token``, or ``total``: the request's time
+            was up, which no other attempt helps, and the engine is not to blame for.
     """
 
     def __init__(self, message: str, phase: str) -> None:
         super().__init__(message)
         self.phase = phase
+        if phase == "total":
+            self.retryable = False
+            self.counts_against_engine = False
 
 
 class EngineRejectedError(EngineError):
@@ -219,12 +241,22 @@ class EngineStreamBrokenError(EngineError):
     """The stream ended without a finish reason, finished with ``abort``, or was not understood."""
 
 
+class EngineSpliceError(EngineError):
+    """The engine cannot go on after output of another one, without a break in the text.
+
+    The engines of a model read its tokens alike, so no other one could either.
+    """
+
+    retryable = False
+    counts_against_engine = False
+
+
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
     """The answer of a health probe.
 
     Attributes:
-        healthy: Whether ``/health`` answered 200 in time.
+        healthy: Whether ``/health`` answered 200 in time, or a token was generated in time.
         latency_s: How long the answer took.
         detail: Why not healthy, in a sentence, else ``""``.
     """
@@ -236,6 +268,10 @@ class EngineHealth:
 
 class EngineClient(Protocol):
     """A client for one engine."""
+
+    @property
+    def last_output_s(self) -> float:
+        """When any call last produced output, on the monotonic clock; ``-inf`` before."""
 
     async def generate(self, call: EngineCall, sink: EngineSink, timeouts: EngineTimeouts) -> EngineOutcome:
         """Run one call to its end.
@@ -249,6 +285,23 @@ class EngineClient(Protocol):
 
     async def health(self, timeout_s: float) -> EngineHealth:
         """Probe the engine; never raises for an engine that is down."""
+
+    async def probe(self, model: str, timeout_s: float) -> EngineHealth:
+        """Have the engine generate one token, as a hung engine cannot; never raises for one that is down."""
+
+    async def detokenize(self, model: str, token_ids: Sequence[int], timeout_s: float) -> str:
+        """Return the text of tokens, special ones included.
+
+        Raises:
+            EngineError: No answer, or none that is text.
+        """
+
+    async def context_token_count(self, model: str, timeout_s: float) -> int:
+        """Return how many tokens, prompt and output together, a model's context holds.
+
+        Raises:
+            EngineError: No answer, or none that tells.
+        """
 
     async def close(self) -> None:
         """Close every connection. Idempotent; calls in progress fail."""

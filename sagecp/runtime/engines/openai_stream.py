@@ -13,6 +13,7 @@ because the answer would be lost otherwise.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -58,6 +59,10 @@ class _Choice(msgspec.Struct, gc=False):
     stop_reason: int | str | None = None
 
 
+class _FirstChoice(_Choice, gc=False):
+    prompt_token_ids: list[int] | None = None
+
+
 class _PromptTokensDetails(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
@@ -76,7 +81,15 @@ class _Answer(msgspec.Struct, gc=False):
     error: Any = None
 
 
+class _FirstAnswer(_Answer, gc=False):
+    """An event that may tell the prompt: in its first choice (completions) or beside them (chat)."""
+
+    choices: list[_FirstChoice] | msgspec.UnsetType | None = msgspec.UNSET  # type: ignore[assignment]
+    prompt_token_ids: list[int] | None = None
+
+
 _decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_first_answer = msgspec.json.Decoder(_FirstAnswer).decode
 
 
 class OpenAiStreamParser:
@@ -86,6 +99,8 @@ class OpenAiStreamParser:
         keep_raw: Keep each event's JSON on its first delta.
         expected_choice_count: Choices that must finish before the answer is
             complete. More may come; each that appears must finish, too.
+        on_prompt: Called with the token ids of the prompt, once, if the engine
+            tells them before or with its first output.
 
     Attributes:
         deltas: What was found and not taken yet; the caller replaces the list.
@@ -97,17 +112,27 @@ class OpenAiStreamParser:
         "_choice_count",
         "_finish_reasons",
         "_keep_raw",
+        "_on_prompt",
+        "_prompt_is_due",
         "_usage",
         "deltas",
         "done",
         "progressed",
     )
 
-    def __init__(self, *, keep_raw: bool = False, expected_choice_count: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        keep_raw: bool = False,
+        expected_choice_count: int = 1,
+        on_prompt: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
         self.deltas: list[EngineDelta] = []
         self.done = False
         self.progressed = False
         self._keep_raw = keep_raw
+        self._on_prompt = on_prompt
+        self._prompt_is_due = on_prompt is not None
         self._choice_count = max(1, expected_choice_count)
         self._finish_reasons: dict[int, str] = {}
         self._usage: _Usage | None = None
@@ -154,7 +179,10 @@ class OpenAiStreamParser:
         if self.done:
             raise EngineStreamBrokenError("the engine sent output after the end of its stream")
         try:
-            answer = _decode_answer(payload)
+            if self._prompt_is_due:
+                answer: _Answer = self._decode_first(payload)
+            else:
+                answer = _decode_answer(payload)
         except _NOT_UNDERSTOOD:
             raise EngineStreamBrokenError("the stream holds an event that is not understood") from None
         self._take(answer, payload, self._keep_raw)
@@ -166,7 +194,7 @@ class OpenAiStreamParser:
             EngineError: As for :meth:`parse`.
         """
         try:
-            answer = _decode_answer(body)
+            answer = self._decode_first(body)
         except _NOT_UNDERSTOOD:
             raise EngineStreamBrokenError("the engine's answer is not understood") from None
         choices = answer.choices
@@ -179,6 +207,22 @@ class OpenAiStreamParser:
             delta = self.deltas[0]
             if delta.token_ids is None:
                 delta.token_count = usage.completion_tokens
+
+    def _decode_first(self, payload: bytes) -> _Answer:
+        """Decode an event that may tell the prompt. Later ones are decoded without looking for it."""
+        answer = _decode_first_answer(payload)
+        token_ids, choices = answer.prompt_token_ids, answer.choices
+        if isinstance(choices, list) and choices:
+            first = choices[0]
+            token_ids = token_ids or first.prompt_token_ids
+            if token_ids or first.text or first.token_ids or (first.delta and first.delta.content):
+                self._prompt_is_due = False
+        if token_ids and self._on_prompt is not None:
+            on_prompt, self._on_prompt = self._on_prompt, None
+            if min(token_ids) < 0 or max(token_ids) >> 32:
+                raise EngineStreamBrokenError("the stream holds a token id that is out of range")
+            on_prompt(token_ids)
+        return answer
 
     def _take(self, answer: _Answer, payload: bytes, keep_raw: bool) -> None:
         if answer.error is not None:

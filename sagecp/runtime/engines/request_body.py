@@ -11,6 +11,12 @@ import msgspec
 from sagecp.core.errors import FieldViolation, InvalidRequestError
 from sagecp.core.types import OpenAiApi, RequestMetadata, SamplingParameters
 from sagecp.runtime.engines.base import EngineApi, EngineCall
+from sagecp.runtime.engines.continuation import (
+    PROMPT_EXTRAS,
+    Continuation,
+    remaining_token_count,
+    why_not_continued,
+)
 
 _ENCODER = msgspec.json.Encoder()
 _RAW_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -78,19 +84,44 @@ def _decode_object(body: bytes) -> dict[str, msgspec.Raw]:
         ) from error
 
 
-def make_engine_call(metadata: RequestMetadata, model: str, *, token_ids: bool) -> EngineCall:
+def engine_request_id(request_id: str, epoch: int) -> str:
+    """Return the id under which an engine knows an attempt: the request's own for the first one.
+
+    Later ones differ, so that an attempt can be aborted by its id wherever it runs.
+    """
+    return request_id if epoch <= 1 else f"{request_id}.{epoch}"
+
+
+def make_engine_call(
+    metadata: RequestMetadata,
+    model: str,
+    *,
+    token_ids: bool,
+    continuation: Continuation | None = None,
+    context_token_count: int | None = None,
+    request_id: str = "",
+) -> EngineCall:
     """Build the call that runs a request.
 
     Args:
         metadata: The request, validated.
         model: The served name to ask for.
-        token_ids: Ask for token ids beside the text.
+        token_ids: Ask for token ids beside the text. A continuation always does.
+        continuation: What to go on after. The call's stop strings are left
+            out then: `splice` looks for them.
+        context_token_count: What the model's context holds: needed to continue a
+            request that has no bound of its own.
+        request_id: What the engine shall call the attempt; default: the request's id.
 
     Raises:
         InvalidRequestError: As `body_violations` tells; or it holds what JSON cannot express.
+        ValueError: A continuation that cannot be, or that has nothing to add; asking for it is a mistake.
     """
+    request_id = request_id or metadata.request_id
+    if continuation is not None:
+        return _continuing_call(metadata, model, continuation, context_token_count, request_id)
     if metadata.openai_body:
-        return _opaque_call(metadata, model)
+        return _opaque_call(metadata, model, request_id)
     violations = list(body_violations(metadata))
     if violations:
         raise InvalidRequestError(violations)
@@ -115,10 +146,53 @@ def make_engine_call(metadata: RequestMetadata, model: str, *, token_ids: bool) 
     return EngineCall(
         api=EngineApi.CHAT_COMPLETIONS if chat else EngineApi.COMPLETIONS,
         body=_encode(body),
-        request_id=metadata.request_id,
+        request_id=request_id,
         keep_raw=metadata.include_openai_events,
         expected_choice_count=metadata.choice_count,
     )
+
+
+def _continuing_call(
+    metadata: RequestMetadata,
+    model: str,
+    continuation: Continuation,
+    context_token_count: int | None,
+    request_id: str,
+) -> EngineCall:
+    """Ask for what follows prompt and output, given together as one prompt of token ids."""
+    why_not = why_not_continued(metadata)
+    if why_not:
+        raise ValueError(f"request {metadata.request_id!r} cannot be continued, because {why_not}")
+    output_count = len(continuation.output_token_ids)
+    if not continuation.prompt_token_ids or not output_count:
+        raise ValueError("a continuation needs the token ids of the prompt and at least one of the output")
+    prompt = continuation.prompt_token_ids + continuation.output_token_ids
+    remaining = remaining_token_count(metadata, output_count)
+    if remaining is None:
+        if context_token_count is None:
+            raise ValueError("a request without max_tokens is continued up to context_token_count; give it")
+        remaining = max(0, context_token_count - len(prompt))
+    if remaining == 0:
+        raise ValueError(f"the request has all of its {output_count} tokens; there is nothing to add")
+    sampling = metadata.sampling
+    extras = sampling.engine_extras
+    body: dict[str, Any] = {
+        "model": model,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+        "prompt": prompt,
+        "max_tokens": remaining,
+    }
+    rest = dataclasses.replace(
+        sampling,
+        min_tokens=None if sampling.min_tokens is None else max(0, sampling.min_tokens - output_count),
+        stop=(),
+        truncate_prompt_tokens=None,
+        engine_extras={name: value for name, value in extras.items() if name not in PROMPT_EXTRAS},
+    )
+    _add_sampling(body, rest, chat=False)
+    return EngineCall(api=EngineApi.COMPLETIONS, body=_encode(body), request_id=request_id)
 
 
 def _encode(body: dict[str, Any]) -> bytes:
@@ -162,7 +236,7 @@ def _add_structured_output(body: dict[str, Any], constraint: Mapping[str, Any]) 
         body["structured_outputs"] = {kind: value}
 
 
-def _opaque_call(metadata: RequestMetadata, model: str) -> EngineCall:
+def _opaque_call(metadata: RequestMetadata, model: str, request_id: str) -> EngineCall:
     fields = _decode_object(metadata.openai_body)
     fields["stream"] = _TRUE
     fields["stream_options"] = _STREAM_OPTIONS
@@ -175,7 +249,7 @@ def _opaque_call(metadata: RequestMetadata, model: str) -> EngineCall:
     return EngineCall(
         api=_APIS[metadata.openai_api],
         body=_ENCODER.encode(fields),
-        request_id=metadata.request_id,
+        request_id=request_id,
         keep_raw=True,
         expected_choice_count=max(1, choice_count),
     )

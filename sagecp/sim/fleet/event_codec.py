@@ -43,8 +43,12 @@ def encode_event(event: ev.Event) -> dict[str, Any]:
     """Return an event's fields as JSON holds them; fields that have their default are left out."""
     if isinstance(event, ev.RequestArrived):
         return _encode_arrival(event.metadata)
-    if isinstance(event, ev.InstanceRegistered):
+    if isinstance(event, (ev.InstanceRegistered, ev.InstanceRestored)):
         event = dataclasses.replace(event, instance=dataclasses.replace(event.instance, api_key=""))
+    if isinstance(event, ev.RequestsRestored):
+        event = ev.RequestsRestored(
+            tuple(dataclasses.replace(each, metadata=without_text(each.metadata)) for each in event.requests)
+        )
     return encode_fields(event)
 
 

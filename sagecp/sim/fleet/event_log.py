@@ -190,7 +190,7 @@ def _describe(effect: fx.Effect) -> dict[str, Any]:
             )
         case fx.DispatchAttempt():
             return {"request_id": effect.record.request_id, "receipt": _receipt(effect.decision)}
-        case fx.AbortAttempt():
+        case fx.AbortAttempt() | fx.InterruptAttempt():
             return {
                 "request_id": effect.request_id,
                 "epoch": effect.epoch,
@@ -211,6 +211,10 @@ def _describe(effect: fx.Effect) -> dict[str, Any]:
             }
         case fx.InstanceRemoved():
             return {"instance_id": effect.instance_id, "reason": effect.reason}
+        case fx.ProbeEngine():
+            return {"instance_id": effect.instance_id}
+        case fx.FailStaticChanged():
+            return {"active": effect.active, "why": effect.why}
         case fx.SettingsChanged():
             settings = effect.settings
             return {
