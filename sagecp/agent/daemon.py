@@ -272,7 +272,10 @@ class Agent:
         if stream.desired_state not in {self._desired_state, pb.DESIRED_STATE_UNSPECIFIED}:
             # Draining is done over there, where no more work is sent. Here it is only news.
             self._desired_state = stream.desired_state
-            self._logger.info("desired state", desired_state=pb.DesiredState.Name(stream.desired_state))
+            news = "the control plane sends work to this instance again"
+            if stream.desired_state == pb.DESIRED_STATE_DRAINED:
+                news = "the control plane drains this instance: it gets no new work"
+            self._logger.info(news, desired_state=pb.DesiredState.Name(stream.desired_state))
         request_ids = stream.take_abort_request_ids()
         if request_ids:
             self._watch.abort_soon(request_ids)

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import click
 
 from sagecp.cli import render
+from sagecp.cli.drain_view import drain_text
 from sagecp.cli.exit_codes import ExitCode
 from sagecp.cli.failures import CliError
 from sagecp.cli.json_output import print_message
@@ -114,7 +115,13 @@ def show(messages: list[instance_pb2.Instance], *, as_json: bool, filtered: bool
     render.print_table(_COLUMNS, [_row(instance) for instance in fleet])
     for instance in fleet:
         if instance.state is not InstanceState.READY and instance.state_reason:
-            click.echo(f"{instance.instance_id} {instance.state.name}: {instance.state_reason}")
+            drain = drain_text(instance)
+            more = f" ({drain})" if drain else ""
+            click.echo(
+                render.harmless(
+                    f"{instance.instance_id} {instance.state.name}: {instance.state_reason}{more}"
+                )
+            )
 
 
 def _row(instance: Instance) -> list[str]:
@@ -156,6 +163,7 @@ def show_one(message: instance_pb2.Instance, *, as_json: bool) -> None:
         [
             ("instance", instance.instance_id),
             ("state", f"{state}{'; ' + instance.state_reason if instance.state_reason else ''}"),
+            ("drain", drain_text(instance)),
             ("model", ", ".join(spec.served_models)),
             ("engine", f"{spec.engine_url}  {spec.engine_kind} {spec.engine_version}".rstrip()),
             ("host", spec.host_id),

@@ -43,9 +43,13 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
     },
     "Operate": {
         "instances": Entry("sagecp.cli.instances:instances", "List, register and remove engines."),
+        "drain": Entry("sagecp.cli.drain:drain", "Give an engine no new work, and wait until it is empty."),
         "status": Entry("sagecp.cli.status:status", "Show the state of the control plane."),
         "policy": Entry("sagecp.cli.policy:policy", "Show and change how requests are ordered and placed."),
         "metrics": Entry("sagecp.cli.metrics:metrics", "Show latencies, throughput and objectives."),
+        "journal": Entry(
+            "sagecp.cli.journal:journal", "Check or salvage a stopped server's journal.", "server"
+        ),
     },
     "Run": {
         "serve": Entry("sagecp.cli.serve:serve", "Run the control plane.", "server"),

@@ -325,15 +325,25 @@ class DrainInstanceRequest(_message.Message):
     UNDO_FIELD_NUMBER: _builtins.int
     GRACE_PERIOD_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """The instance."""
     undo: _builtins.bool
     """Undo: take work again."""
     force: _builtins.bool
     """Drain even if the rest of the fleet cannot carry the load."""
+    incarnation: _builtins.int
+    """Incarnation that is meant; a lower one than the registered is refused with
+    ABORTED. 0: whatever is registered.
+    """
+    cause: _builtins.str
+    """Why, for the record. At most 256 characters."""
     @_builtins.property
     def grace_period(self) -> _duration_pb2.Duration:
-        """After this time, requests still running are moved elsewhere. Absent: never."""
+        """After this time, requests still running are moved elsewhere; those that
+        could not go on there finish where they are. 0: at once. Absent: never.
+        """
 
     def __init__(
         self,
@@ -342,10 +352,12 @@ class DrainInstanceRequest(_message.Message):
         undo: _builtins.bool = ...,
         grace_period: _duration_pb2.Duration | None = ...,
         force: _builtins.bool = ...,
+        incarnation: _builtins.int = ...,
+        cause: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grace_period", b"grace_period"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "grace_period", b"grace_period", "instance_id", b"instance_id", "undo", b"undo"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "force", b"force", "grace_period", b"grace_period", "incarnation", b"incarnation", "instance_id", b"instance_id", "undo", b"undo"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -422,7 +434,9 @@ class HeartbeatRequest(_message.Message):
 
     @_builtins.property
     def active_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Requests that the agent knows to run on the engine, where it can tell."""
+        """Attempts that the agent knows to run on the engine, where it can tell, by
+        the X-Request-Id that they were sent with.
+        """
 
     def __init__(
         self,

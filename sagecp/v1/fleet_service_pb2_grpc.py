@@ -101,7 +101,10 @@ class FleetServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DrainInstance(self, request, context):
-        """DrainInstance stops new work for an instance, or undoes that.
+        """DrainInstance stops new work for an instance, or undoes that. It is refused
+        with FAILED_PRECONDITION (DRAIN_REFUSED) when the rest of the fleet could not
+        carry the load. Every call states the whole order: a repetition changes
+        nothing, another grace period counts from the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,7 +44,11 @@ class FleetServiceStub:
     ListInstances: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.ListInstancesRequest, _fleet_service_pb2.ListInstancesResponse]
     """ListInstances returns the fleet, by instance id."""
     DrainInstance: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.DrainInstanceRequest, _fleet_service_pb2.DrainInstanceResponse]
-    """DrainInstance stops new work for an instance, or undoes that."""
+    """DrainInstance stops new work for an instance, or undoes that. It is refused
+    with FAILED_PRECONDITION (DRAIN_REFUSED) when the rest of the fleet could not
+    carry the load. Every call states the whole order: a repetition changes
+    nothing, another grace period counts from the call.
+    """
     Heartbeat: _grpc.StreamStreamMultiCallable[_fleet_service_pb2.HeartbeatRequest, _fleet_service_pb2.HeartbeatResponse]
     """Heartbeat is the stream between an agent and the control plane. Each beat
     is acknowledged. Beats are level-triggered: each says what is, and a
@@ -69,7 +73,11 @@ class FleetServiceAsyncStub(FleetServiceStub):
     ListInstances: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.ListInstancesRequest, _fleet_service_pb2.ListInstancesResponse]  # type: ignore[assignment]
     """ListInstances returns the fleet, by instance id."""
     DrainInstance: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.DrainInstanceRequest, _fleet_service_pb2.DrainInstanceResponse]  # type: ignore[assignment]
-    """DrainInstance stops new work for an instance, or undoes that."""
+    """DrainInstance stops new work for an instance, or undoes that. It is refused
+    with FAILED_PRECONDITION (DRAIN_REFUSED) when the rest of the fleet could not
+    carry the load. Every call states the whole order: a repetition changes
+    nothing, another grace period counts from the call.
+    """
     Heartbeat: _aio.StreamStreamMultiCallable[_fleet_service_pb2.HeartbeatRequest, _fleet_service_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Heartbeat is the stream between an agent and the control plane. Each beat
     is acknowledged. Beats are level-triggered: each says what is, and a
@@ -121,7 +129,11 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fleet_service_pb2.DrainInstanceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_service_pb2.DrainInstanceResponse, _abc.Awaitable[_fleet_service_pb2.DrainInstanceResponse]]:
-        """DrainInstance stops new work for an instance, or undoes that."""
+        """DrainInstance stops new work for an instance, or undoes that. It is refused
+        with FAILED_PRECONDITION (DRAIN_REFUSED) when the rest of the fleet could not
+        carry the load. Every call states the whole order: a repetition changes
+        nothing, another grace period counts from the call.
+        """
 
     @_abc_1.abstractmethod
     def Heartbeat(

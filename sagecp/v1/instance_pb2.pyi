@@ -442,6 +442,7 @@ class Instance(_message.Message):
     MEAN_TTFT_FIELD_NUMBER: _builtins.int
     COMPLETED_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
     FAILED_ATTEMPT_COUNT_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
     state: Global___InstanceState.ValueType
     """Where it is in its life cycle."""
     state_reason: _builtins.str
@@ -486,6 +487,10 @@ class Instance(_message.Message):
     def mean_ttft(self) -> _duration_pb2.Duration:
         """Mean time to first token of its recent requests. Absent before the first."""
 
+    @_builtins.property
+    def drain(self) -> Global___Drain:
+        """The order that it takes no new work. Absent: there is none."""
+
     def __init__(
         self,
         *,
@@ -504,11 +509,56 @@ class Instance(_message.Message):
         mean_ttft: _duration_pb2.Duration | None = ...,
         completed_request_count: _builtins.int = ...,
         failed_attempt_count: _builtins.int = ...,
+        drain: Global___Drain | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "heartbeat_time", b"heartbeat_time", "lease_expire_time", b"lease_expire_time", "mean_ttft", b"mean_ttft", "register_time", b"register_time", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "engine", b"engine", "heartbeat_time", b"heartbeat_time", "lease_expire_time", b"lease_expire_time", "mean_ttft", b"mean_ttft", "register_time", b"register_time", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed_request_count", b"completed_request_count", "engine", b"engine", "failed_attempt_count", b"failed_attempt_count", "gpu_absent_reason", b"gpu_absent_reason", "gpus", b"gpus", "heartbeat_time", b"heartbeat_time", "in_flight_request_count", b"in_flight_request_count", "incarnation", b"incarnation", "lease_expire_time", b"lease_expire_time", "max_concurrent_request_count", b"max_concurrent_request_count", "mean_ttft", b"mean_ttft", "register_time", b"register_time", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed_request_count", b"completed_request_count", "drain", b"drain", "engine", b"engine", "failed_attempt_count", b"failed_attempt_count", "gpu_absent_reason", b"gpu_absent_reason", "gpus", b"gpus", "heartbeat_time", b"heartbeat_time", "in_flight_request_count", b"in_flight_request_count", "incarnation", b"incarnation", "lease_expire_time", b"lease_expire_time", "max_concurrent_request_count", b"max_concurrent_request_count", "mean_ttft", b"mean_ttft", "register_time", b"register_time", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Instance: _TypeAlias = Instance  # noqa: Y015
+
+@_typing.final
+class Drain(_message.Message):
+    """Drain is an operator's order that an instance takes no new work, and how far it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_TIME_FIELD_NUMBER: _builtins.int
+    GRACE_END_TIME_FIELD_NUMBER: _builtins.int
+    MOVED_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    moved_request_count: _builtins.int
+    """Requests that went on elsewhere."""
+    forced: _builtins.bool
+    """Whether it was ordered even if the rest of the fleet could not carry the load."""
+    cause: _builtins.str
+    """Why, for the record. Empty: not said."""
+    @_builtins.property
+    def begin_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was first ordered."""
+
+    @_builtins.property
+    def grace_end_time(self) -> _timestamp_pb2.Timestamp:
+        """When requests that still run there are moved elsewhere, as far as they can
+        go on there. Absent: never.
+        """
+
+    def __init__(
+        self,
+        *,
+        begin_time: _timestamp_pb2.Timestamp | None = ...,
+        grace_end_time: _timestamp_pb2.Timestamp | None = ...,
+        moved_request_count: _builtins.int = ...,
+        forced: _builtins.bool = ...,
+        cause: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "grace_end_time", b"grace_end_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "cause", b"cause", "forced", b"forced", "grace_end_time", b"grace_end_time", "moved_request_count", b"moved_request_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drain: _TypeAlias = Drain  # noqa: Y015

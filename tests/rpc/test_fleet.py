@@ -335,7 +335,7 @@ async def test_a_hundred_agents_beat_at_once(rig: Rig) -> None:
     assert {instance.state.name for instance in rig.manager.instances()} == {"READY"}
 
 
-# -- lists and drains -----------------------------------------------------------------------------
+# -- lists --------------------------------------------------------------------------------------
 
 
 async def test_the_fleet_comes_in_pages_by_id(rig: Rig) -> None:
@@ -380,19 +380,24 @@ async def test_a_bad_question_names_every_bad_field(rig: Rig) -> None:
     assert fields_of(error) == {"page_size", "page_token", "states"}
 
 
-async def test_draining_over_the_wire_comes_later(rig: Rig) -> None:
-    await rig.add_engine()
-    error = await failure_of(rig.instances.DrainInstance(pb.DrainInstanceRequest(instance_id="e1")))
-    assert error.code() is Code.UNIMPLEMENTED
-    assert reason_of(error) == "NOT_IMPLEMENTED"
-
-
 async def test_an_agent_is_told_that_its_instance_should_drain(rig: Rig) -> None:
     await register(rig)
     stream = rig.instances.Heartbeat()
     await exchange(stream, beat())
-    rig.manager.drain_instance("e1")
+    rig.manager.drain_instance("e1", force=True)
     response = await exchange(stream, beat(sequence=2))
     assert response.desired_state == pb.DESIRED_STATE_DRAINED
     # Healthy or not: a drain is the operator's word.
     assert (await get(rig)).state == instance_pb2.INSTANCE_STATE_DRAINED
+
+
+async def test_an_engines_work_that_nobody_has_there_is_to_be_aborted(rig: Rig) -> None:
+    engine = await rig.add_engine("e1", incarnation=5)
+    stream = rig.instances.Heartbeat()
+    assert not (await exchange(stream, beat())).abort_request_ids
+    await rig.submit("known")
+    await engine.next_call()
+    running = ["known", "known.2", "unknown"]
+    answer = await exchange(stream, beat(sequence=2, active_request_ids=running))
+    assert list(answer.abort_request_ids) == ["known.2", "unknown"]
+    stream.cancel()

@@ -6,9 +6,10 @@ import math
 from typing import Any
 from urllib.parse import urlsplit
 
+from sagecp.core.drain_order import DrainOrder
 from sagecp.core.errors import FieldViolation, InvalidRequestError
 from sagecp.core.events import HeartbeatReceived
-from sagecp.core.fleet import InstanceRecord
+from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.types import (
     EngineCondition,
     EngineGauges,
@@ -17,7 +18,7 @@ from sagecp.core.types import (
     InstanceState,
 )
 from sagecp.core.validation import instance_violations
-from sagecp.rpc.convert.common import check_enum, duration, prefixed, timestamp
+from sagecp.rpc.convert.common import check_enum, duration, prefixed, seconds_of, timestamp
 from sagecp.v1 import fleet_service_pb2, instance_pb2, parallelism_pb2
 
 _ENGINE_KINDS = {
@@ -36,6 +37,8 @@ _OPTIONAL_SPEC_FIELDS = (
     "usd_per_gpu_hour",
 )
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+MAX_GRACE_S = 30 * 86_400.0
+"""Longest grace period of a drain: a month."""
 
 
 def instance_from_proto(spec: instance_pb2.InstanceSpec) -> ExecutionInstance:
@@ -143,7 +146,50 @@ def instance_to_proto(record: InstanceRecord, wall_offset_s: float) -> instance_
         message.lease_expire_time.CopyFrom(timestamp(record.lease_expire_s + wall_offset_s))
     if record.ttft_estimate_s is not None:
         message.mean_ttft.CopyFrom(duration(record.ttft_estimate_s))
+    if record.drain is not None:
+        message.drain.CopyFrom(_drain_to_proto(record.drain, wall_offset_s))
     return message
+
+
+def _drain_to_proto(order: DrainOrder, wall_offset_s: float) -> instance_pb2.Drain:
+    message = instance_pb2.Drain(
+        begin_time=timestamp(order.begin_s + wall_offset_s),
+        moved_request_count=order.moved_request_count,
+        forced=order.forced,
+        cause=order.cause,
+    )
+    if order.grace_end_s is not None:
+        message.grace_end_time.CopyFrom(timestamp(order.grace_end_s + wall_offset_s))
+    return message
+
+
+def grace_from_proto(request: fleet_service_pb2.DrainInstanceRequest) -> float | None:
+    """Return the grace period of a drain in seconds; ``None``: there is none.
+
+    Raises:
+        InvalidRequestError: It is negative or too long, or is given to undo a drain.
+    """
+    violations: list[FieldViolation] = []
+    grace_s = None
+    if request.HasField("grace_period"):
+        grace_s = seconds_of(request.grace_period)
+        if not 0.0 <= grace_s <= MAX_GRACE_S:
+            violations.append(
+                FieldViolation(
+                    "grace_period",
+                    f"is {grace_s:g} s; must be 0 to {MAX_GRACE_S:g} s, or absent to move nothing",
+                )
+            )
+    if request.undo:
+        given = {"grace_period": request.HasField("grace_period"), "force": request.force}
+        violations += [
+            FieldViolation(name, "does not go with undo; leave one of them out")
+            for name, is_given in given.items()
+            if is_given
+        ]
+    if violations:
+        raise InvalidRequestError(violations)
+    return grace_s
 
 
 def states_from_proto(

@@ -11,14 +11,13 @@ from sagecp.core.errors import (
     ErrorReason,
     FieldViolation,
     InvalidRequestError,
-    NotImplementedYetError,
     SageError,
     ShuttingDownError,
 )
-from sagecp.core.fleet import InstanceRecord
-from sagecp.core.types import InstanceState
+from sagecp.core.instance_record import InstanceRecord
 from sagecp.rpc.convert.common import duration
 from sagecp.rpc.convert.fleet import (
+    grace_from_proto,
     heartbeat_from_proto,
     instance_from_proto,
     instance_to_proto,
@@ -110,11 +109,16 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
     async def DrainInstance(
         self, request: pb.DrainInstanceRequest, context: Context
     ) -> pb.DrainInstanceResponse:
-        """Stop new work for an instance. Not in this version."""
-        raise NotImplementedYetError(
-            "DrainInstance is not implemented by this version; DeregisterInstance takes an instance out "
-            "and lets its requests finish"
+        """Stop new work for an instance, or undo that."""
+        self._manager.drain_instance(
+            request.instance_id,
+            undo=request.undo,
+            incarnation=request.incarnation,
+            grace_s=grace_from_proto(request),
+            force=request.force,
+            cause=request.cause[:256],
         )
+        return pb.DrainInstanceResponse(instance=self._view(self._manager.instance(request.instance_id)))
 
     async def Heartbeat(self, request_iterator: object, context: Context) -> None:  # type: ignore[override]
         """Take beats and acknowledge each."""
@@ -140,6 +144,9 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
                         acknowledged_sequence=beat.sequence,
                         desired_state=self._desired_state(beat.instance_id),
                         next_interval=self._interval,
+                        abort_request_ids=manager.orphans(beat.instance_id, beat.active_request_ids)
+                        if beat.active_request_ids
+                        else (),
                     )
                 )
         except asyncio.CancelledError:
@@ -152,10 +159,8 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
             self._heartbeat_tasks.discard(task)
 
     def _desired_state(self, instance_id: str) -> pb.DesiredState.ValueType:
-        state = self._manager.instance(instance_id).state
-        if state in {InstanceState.DRAINING, InstanceState.DRAINED}:
-            return pb.DESIRED_STATE_DRAINED
-        return pb.DESIRED_STATE_SERVING
+        is_drained = self._manager.instance(instance_id).drain is not None
+        return pb.DESIRED_STATE_DRAINED if is_drained else pb.DESIRED_STATE_SERVING
 
     def _view(self, record: InstanceRecord) -> instance_pb2.Instance:
         return instance_to_proto(record, self._manager.wall_time(0.0))

@@ -134,6 +134,7 @@ class ControlPlane(Recorder, fleet_service_pb2_grpc.FleetServiceServicer):
         self.interval_s = 0.1
         self.lease_s = 6.0
         self.abort_request_ids: list[str] = []
+        self.desired_state: pb.DesiredState.ValueType = pb.DESIRED_STATE_SERVING
         self.credentials: grpc.ServerCredentials | None = None
         self._server: grpc.aio.Server | None = None
 
@@ -189,7 +190,7 @@ class ControlPlane(Recorder, fleet_service_pb2_grpc.FleetServiceServicer):
                 response = pb.HeartbeatResponse(
                     instance_id=beat.instance_id,
                     acknowledged_sequence=beat.sequence,
-                    desired_state=pb.DESIRED_STATE_SERVING,
+                    desired_state=self.desired_state,
                     abort_request_ids=self.abort_request_ids,
                 )
                 self.abort_request_ids = []

@@ -182,3 +182,20 @@ async def test_an_engine_that_cannot_abort_is_reported_once(
     warnings = [event for event in log if event["event"] == "cannot abort requests"]
     assert len(warnings) == 1
     assert "VLLM_SERVER_DEV_MODE" in warnings[0]["reason"]
+
+
+async def test_a_drain_and_its_end_are_in_the_log_once(
+    start: Start, control_plane: ControlPlane, log: Log
+) -> None:
+    def news() -> list[str]:
+        return [event["desired_state"] for event in log if "desired_state" in event]
+
+    start()
+    await control_plane.until_beats(2)
+    assert news() == [], "to serve is no news"
+    control_plane.desired_state = pb.DESIRED_STATE_DRAINED
+    await control_plane.until_beats(len(control_plane.beats) + 3)
+    control_plane.desired_state = pb.DESIRED_STATE_SERVING
+    await control_plane.until_beats(len(control_plane.beats) + 3)
+    assert news() == ["DESIRED_STATE_DRAINED", "DESIRED_STATE_SERVING"]
+    assert any("drains this instance" in event["event"] for event in log)
