@@ -10,9 +10,11 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
     # Module: arguments of a full run, of a quick one.
     "decision": ([], ["--quick"]),
     "fleet_engine": ([], ["--quick"]),
+    "journal": ([], ["--seconds", "1", "--records", "5000"]),
     "engine_client": ([], ["--rounds", "1"]),
     "token_path": ([], ["--rounds", "1", "--seconds", "2"]),
     "latency": ([], ["--seconds", "10"]),
+    "durable_submit": ([], ["--seconds", "2", "--rounds", "1"]),
     "heartbeats": ([], ["--streams", "1000", "--connections", "10", "--seconds", "5"]),
 }
 

@@ -28,6 +28,7 @@ _SETTINGS = {
     "load_balancer": ("scheduler", "load_balancer"),
     "max_queue": ("scheduler", "max_queued_request_count"),
     "drain_timeout": ("runtime", "drain_timeout_s"),
+    "journal": ("journal", "path"),
     "coalesce": ("runtime", "token_coalescing_window_s"),
 }
 
@@ -60,6 +61,12 @@ _SETTINGS = {
     "--drain-timeout", type=DURATION, metavar="T", help="How long requests may go on after SIGTERM.  [30s]"
 )
 @click.option(
+    "--journal",
+    metavar="FILE|off",
+    help="Where accepted requests are written down, to survive a restart.  "
+    "[~/.local/state/sagecp/journal-PORT.db; off with port 0]",
+)
+@click.option(
     "--coalesce",
     type=DURATION,
     metavar="T",
@@ -77,8 +84,9 @@ def serve(config_file: str | None, **flags: Any) -> int:  # noqa: ANN401 - see _
     """Run the control plane, until SIGTERM or Ctrl-C.
 
     Then it takes no new requests, lets running ones finish within the drain
-    timeout, and exits 0; a second signal ends it at once. Only this machine
-    can reach it unless TLS is on.
+    timeout, and exits 0; a second signal ends it at once. Durable requests that
+    are left go on when it is started again. Only this machine can reach it
+    unless TLS is on.
     """
     import sys
 
@@ -88,6 +96,7 @@ def serve(config_file: str | None, **flags: Any) -> int:  # noqa: ANN401 - see _
     from sagecp.rpc.server import ListenError, run_server
     from sagecp.runtime.event_loop import run
     from sagecp.runtime.policy_evaluation import EvaluationProcess
+    from sagecp.runtime.store.base import StoreError
 
     try:
         config = load_config(_path(config_file)) if config_file else ServerConfig()
@@ -101,6 +110,8 @@ def serve(config_file: str | None, **flags: Any) -> int:  # noqa: ANN401 - see _
         ) from error
     except ListenError as error:
         raise CliError(str(error), exit_code=ExitCode.UNREACHABLE) from error
+    except StoreError as error:
+        raise CliError(str(error), exit_code=ExitCode.NOT_FOUND_OR_CONFLICT) from error
     except SageError as error:
         # Names of policies and the like, which only the registries know.
         raise CliError(str(error), exit_code=ExitCode.INVALID) from error
@@ -121,6 +132,10 @@ def _with_flags(config: Any, flags: dict[str, Any]) -> Any:  # noqa: ANN401 - a 
     if flags["parameters"]:
         merged = {**config.scheduler.parameters, **dict(flags["parameters"])}
         changes.setdefault("scheduler", {})["parameters"] = merged
+    if changes.get("journal", {}).get("path") == "off":
+        changes["journal"] = {"enabled": False}
+    elif "journal" in changes:
+        changes["journal"]["enabled"] = True
     top = changes.pop("", {})
     if top.get("metrics_listen") == "off":
         top["metrics_listen"] = ""

@@ -15,6 +15,13 @@ DEFAULT_EXPECTED_OUTPUT_TOKEN_COUNT = 256
 class RequestRecord:
     """One live request. Only the scheduler changes it; everything else reads.
 
+    Args:
+        metadata: As below.
+        model: As below.
+        sequence: As below.
+        arrival_s: As below.
+        size_bytes: As below, where it is known already; ``None``: it is looked up.
+
     Attributes:
         metadata: What was asked.
         model: The served name it waits for (filled in when the caller named none).
@@ -30,8 +37,13 @@ class RequestRecord:
         instance_id: Where the present or last attempt runs; ``""`` before.
         excluded_instance_ids: Instances that lost an attempt of this request.
         delivered: Whether any output came from the present attempt.
+        output_token_count: Tokens that lost attempts produced and the next one goes on after.
+        has_output: Whether any attempt produced any output.
+        lost_attempt_count: Attempts lost, but for those that were moved on purpose.
+        engine_kill_count: Engines that died while they began to work on it.
         dispatch_s: Start of the present or last attempt.
         first_token_s: When the first output came.
+        attempt_first_token_s: Likewise, of the present attempt; ``None``: none yet.
         decisions: One receipt per dispatch.
         digest: Length and content of the prompt.
         work_s: Predicted engine seconds of the prompt.
@@ -49,6 +61,7 @@ class RequestRecord:
 
     __slots__ = (
         "arrival_s",
+        "attempt_first_token_s",
         "cost_s",
         "deadline_s",
         "decisions",
@@ -56,15 +69,19 @@ class RequestRecord:
         "demoted",
         "digest",
         "dispatch_s",
+        "engine_kill_count",
         "epoch",
         "excluded_instance_ids",
         "expected_output_token_count",
         "expire_s",
         "first_token_s",
+        "has_output",
         "instance_id",
+        "lost_attempt_count",
         "machine",
         "metadata",
         "model",
+        "output_token_count",
         "pinned_block_count",
         "predicted_tpot_s",
         "predicted_ttft_s",
@@ -80,7 +97,14 @@ class RequestRecord:
         "work_s",
     )
 
-    def __init__(self, metadata: RequestMetadata, model: str, sequence: int, arrival_s: float) -> None:
+    def __init__(
+        self,
+        metadata: RequestMetadata,
+        model: str,
+        sequence: int,
+        arrival_s: float,
+        size_bytes: int | None = None,
+    ) -> None:
         self.metadata = metadata
         self.model = model
         self.sequence = sequence
@@ -89,7 +113,7 @@ class RequestRecord:
             arrival_s + metadata.slo_deadline_ms / 1000.0 if metadata.slo_deadline_ms is not None else None
         )
         self.expire_s = self.deadline_s
-        self.size_bytes = payload_size_bytes(metadata)
+        self.size_bytes = payload_size_bytes(metadata) if size_bytes is None else size_bytes
         self.digest = metadata.prompt_digest or digest_prompt(metadata, model)
         self.prompt_token_count = self.digest.token_count
         per_choice = metadata.max_tokens or DEFAULT_EXPECTED_OUTPUT_TOKEN_COUNT
@@ -100,8 +124,13 @@ class RequestRecord:
         self.instance_id = ""
         self.excluded_instance_ids: set[str] = set()
         self.delivered = False
+        self.output_token_count = 0
+        self.has_output = False
+        self.lost_attempt_count = 0
+        self.engine_kill_count = 0
         self.dispatch_s: float | None = None
         self.first_token_s: float | None = None
+        self.attempt_first_token_s: float | None = None
         self.decisions: list[SchedulingDecision] = []
         self.work_s = 0.0
         self.ttft_objective_s = math.inf
@@ -134,6 +163,18 @@ class RequestRecord:
     def queued(self) -> bool:
         """Whether it waits in the queue."""
         return self.queue_ticket != 0
+
+    def go_on_after(self, output_token_count: int, now: float) -> None:
+        """Expect the next attempt to be given the output there is, as part of its prompt.
+
+        The reader waits for the next token as it did for the first.
+        """
+        new = output_token_count - self.output_token_count
+        self.output_token_count = output_token_count
+        self.prompt_token_count += new
+        self.expected_output_token_count = max(1, self.expected_output_token_count - new)
+        self.ttft_objective_s += max(0.0, now - self.arrival_s)
+        self.demoted = False
 
     @property
     def expected_token_count(self) -> int:

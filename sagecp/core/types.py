@@ -17,6 +17,7 @@ __all__ = [
     "AttemptRecord",
     "CandidateScore",
     "ControlPlaneStatus",
+    "Durability",
     "DurationQuantiles",
     "EngineCondition",
     "EngineGauges",
@@ -106,6 +107,14 @@ class FailoverMode(enum.IntEnum):
     CONTINUE = 1
     RESTART = 2
     FAIL = 3
+
+
+class Durability(enum.IntEnum):
+    """What must survive a restart of the control plane; numbers equal the contract's."""
+
+    DEFAULT = 0
+    DURABLE = 1
+    EPHEMERAL = 2
 
 
 class OpenAiApi(enum.IntEnum):
@@ -223,9 +232,15 @@ class RequestMetadata:
     tenant_id: str = ""
     parallelism_hint: ParallelismType | None = None
     failover_mode: FailoverMode = FailoverMode.DEFAULT
+    durability: Durability = Durability.DEFAULT
     labels: Mapping[str, str] = field(default_factory=dict)
     include_openai_events: bool = False
     prompt_digest: PromptDigest | None = field(default=None, repr=False)
+
+    @property
+    def paying_tenant(self) -> str:
+        """Whose share of the queue and of the engines it counts against; ``""``: nobody is named."""
+        return self.tenant_id or self.user_id
 
     @property
     def choice_count(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -10,25 +11,25 @@ from collections.abc import Callable
 from sagecp.config import RuntimeConfig
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
-from sagecp.core.errors import ErrorReason, Failure, InvalidRequestError
+from sagecp.core.errors import ErrorReason, Failure
 from sagecp.core.policy_replay import PolicyReplay, PolicyScore
 from sagecp.core.request import RequestRecord
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.settings import SchedulingSettings
-from sagecp.core.types import (
-    ExecutionInstance,
-    InstanceState,
-    RequestMetadata,
-    RequestState,
-    SchedulingDecision,
-)
-from sagecp.runtime.engines.base import EngineError, EngineUnreachableError
-from sagecp.runtime.executor import ExecutionCoordinator, failure_of
-from sagecp.runtime.health import HealthLoop
+from sagecp.core.types import InstanceState, RequestMetadata, RequestState
+from sagecp.runtime.attempts import AttemptRunner
+from sagecp.runtime.executor import ExecutionCoordinator
+from sagecp.runtime.health import EngineProber, HealthLoop
+from sagecp.runtime.journal import Journal
 from sagecp.runtime.monitor import EndedSample, MetricsKey, Monitor, objectives_met
 from sagecp.runtime.output import OutputLog
 from sagecp.runtime.policy_evaluation import EvaluationError, PolicyEvaluator
 from sagecp.runtime.requests import RequestHandle, RequestTable
+from sagecp.runtime.restart import Restorer, StoredRequest, first_sequence, sort_records
+from sagecp.runtime.store.base import Store, StoreError
+from sagecp.runtime.store.codec import decode_instance
+from sagecp.runtime.store.records import InstanceKept
+from sagecp.runtime.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class ControlLoop:
         policy_evaluator: Replays the past for the adaptive policy; ``None``: nobody does.
         on_event: Told every event, when it happened and what the core answered, before anything is
             done about it: a recorder, for example. It must not raise.
+        store: Keeps durable requests; ``None``: none is durable.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ControlLoop:
         clock: Callable[[], float],
         policy_evaluator: PolicyEvaluator | None = None,
         on_event: EventListener | None = None,
+        store: Store | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.coordinator = coordinator
@@ -73,9 +76,15 @@ class ControlLoop:
         self.idle = asyncio.Event()
         self.idle.set()
         self.health = HealthLoop(coordinator, self._ids_to_probe, self.feed, config.health_interval_s)
+        self._prober = EngineProber(coordinator, self.feed)
+        stall_timeout_s = scheduler.config.health.stall_timeout_s
+        self._watchdog = Watchdog(coordinator, self._busy_ids, self.feed, stall_timeout_s)
         self._config = config
-        self._sequence = 0
-        self._attempts: set[asyncio.Task[None]] = set()
+        self._sequence = first_sequence()
+        self.journal = None if store is None else Journal(store, clock, self.wall_offset_s)
+        self._attempts = AttemptRunner(coordinator, self.journal, self.feed, clock)
+        # While requests come back after a restart.
+        self._restorer: Restorer | None = None
         self._on_event = on_event
         self._policy_evaluator = policy_evaluator
         self._evaluation: asyncio.Task[None] | None = None
@@ -96,6 +105,7 @@ class ControlLoop:
         self._loops = [
             loop.create_task(self._scheduling_loop(), name="sagecp-scheduling"),
             loop.create_task(self.health.run(), name="sagecp-health"),
+            loop.create_task(self._watchdog.run(), name="sagecp-watchdog"),
         ]
         if monitoring:
             watch = self.monitor.watch_event_loop(self._config.monitoring_interval_s)
@@ -103,28 +113,75 @@ class ControlLoop:
         # Leases of instances that registered before the start.
         self._arm_timer(self.clock())
 
+    async def open_journal(self) -> None:
+        """Bring back what an earlier process accepted and did not finish.
+
+        Raises:
+            StoreError: The store cannot be opened, or was damaged.
+        """
+        if self.journal is None:
+            return
+        records = await self.journal.store.open()
+        # Nothing of this is garbage, however often the collector looks.
+        gc.disable()
+        try:
+            self._restore(*sort_records(records))
+        finally:
+            gc.enable()
+
+    def _restore(self, requests: list[StoredRequest], instances: list[InstanceKept]) -> None:
+        for kept in instances:
+            instance = decode_instance(kept.specification)
+            self.feed(ev.InstanceRestored(instance, kept.incarnation, kept.draining))
+        if not requests or self.journal is None:
+            return
+        self._restorer = Restorer(self.journal, self.wall_offset_s, self.clock())
+        events = tuple(
+            self._restorer.event_of(stored, self._new_output(stored.accepted.request_id))
+            for stored in requests
+        )
+        self.feed(ev.RequestsRestored(events))
+        self._restorer = None
+        logger.info("requests restored", extra={"requests": len(events)})
+
+    def suspend(self, *, running: bool) -> None:
+        """Take durable requests out, for a process to come: those that wait, or those that run as well."""
+        failure = Failure(ErrorReason.SHUTTING_DOWN, "the control plane stops; the request goes on later")
+        for handle in self.requests.live():
+            if handle.durable and (running or handle.record.queued):
+                handle.suspended = True
+                self.feed(ev.RequestAborted(handle.request_id, failure))
+
     async def stop(self) -> None:
-        """End every live request as FAILED, and every task."""
+        """End every task; suspend live requests that are durable, and end the others as FAILED."""
+        self.suspend(running=True)
         failure = Failure(ErrorReason.SHUTTING_DOWN, "the control plane is shutting down; submit it again")
         for handle in self.requests.live():
-            self.feed(ev.RequestAborted(handle.request_id, failure))
+            if not handle.suspended:
+                self.feed(ev.RequestAborted(handle.request_id, failure))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        tasks = [*self._loops, *self._attempts, *([self._evaluation] if self._evaluation else [])]
+        tasks = [*self._loops, *([self._evaluation] if self._evaluation else [])]
         self._loops = []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._prober.stop()
+        await self._attempts.stop()
+        if self.journal is not None:
+            await self.journal.store.close()
 
-    def submit(self, request: RequestMetadata, digest: bytes) -> RequestHandle:
+    def submit(self, request: RequestMetadata, digest: bytes, *, durable: bool) -> RequestHandle:
         """Hand a new request to the core and return its handle.
+
+        A durable one was accepted once ``handle.accepted`` is done.
 
         Raises:
             SageError: The core refused it.
         """
         now = self.clock()
-        self._perform(self._handle(ev.RequestArrived(request), now), now, digest)
+        self._perform(self._handle(ev.RequestArrived(request), now), now, digest, durable=durable)
         return self.requests.get(request.request_id)
 
     def feed(self, event: ev.Event) -> None:
@@ -143,9 +200,14 @@ class ControlLoop:
         return effects
 
     def _ids_to_probe(self) -> list[str]:
-        return [i.instance_id for i in self.scheduler.fleet if i.incarnation == 0 or i.unreachable]
+        return [i.instance_id for i in self.scheduler.fleet if i.is_probed]
 
-    def _perform(self, effects: list[fx.Effect], now: float, digest: bytes = b"") -> None:
+    def _busy_ids(self) -> list[str]:
+        return [i.instance_id for i in self.scheduler.fleet if i.in_flight_count]
+
+    def _perform(
+        self, effects: list[fx.Effect], now: float, digest: bytes = b"", *, durable: bool = False
+    ) -> None:
         rejected: fx.RequestRejected | None = None
         for effect in effects:
             if isinstance(effect, fx.DispatchAttempt):
@@ -153,16 +215,23 @@ class ControlLoop:
             elif isinstance(effect, fx.RequestEnded):
                 self._finish(effect, now)
             elif isinstance(effect, fx.RequestAccepted):
-                self._add_handle(effect.record, digest)
+                self._add_handle(effect.record, digest, durable=durable)
             elif isinstance(effect, fx.AbortAttempt):
                 handle = self.requests.find(effect.request_id)
                 if handle is not None and handle.task is not None:
+                    handle.interruption = None
                     handle.task.cancel()
+            elif isinstance(effect, fx.InterruptAttempt):
+                handle = self.requests.find(effect.request_id)
+                if handle is not None:
+                    self._attempts.interrupt(handle, effect)
             elif isinstance(effect, fx.RequestRequeued):
                 handle = self.requests.get(effect.record.request_id)
                 handle.end_attempt(now, effect.failure)
                 # The core's record may show the next attempt already.
                 lost = handle.attempts[-1]
+                if self.journal is not None and handle.durable:
+                    self.journal.lost(handle, lost.epoch, effect.failure, now)
                 self.monitor.fault(
                     f"attempt {lost.epoch} was lost: {effect.failure.message}",
                     instance_id=lost.instance_id,
@@ -172,9 +241,15 @@ class ControlLoop:
                 self._on_instance_changed(effect)
             elif isinstance(effect, fx.InstanceRemoved):
                 self.coordinator.detach(effect.instance_id)
+                if self.journal is not None:
+                    self.journal.instance_dropped(effect.instance_id)
                 logger.info(
                     "instance removed", extra={"instance_id": effect.instance_id, "reason": effect.reason}
                 )
+            elif isinstance(effect, fx.ProbeEngine):
+                self._prober.probe(effect.instance_id)
+            elif isinstance(effect, fx.FailStaticChanged):
+                self._on_fail_static_changed(effect)
             elif isinstance(effect, fx.SettingsChanged):
                 _log_settings(effect.settings)
             elif isinstance(effect, fx.EvaluatePolicies):
@@ -190,12 +265,40 @@ class ControlLoop:
         if rejected is not None:
             raise rejected.error
 
-    def _add_handle(self, record: RequestRecord, digest: bytes) -> None:
+    def _add_handle(self, record: RequestRecord, digest: bytes, *, durable: bool) -> None:
         request_id = record.request_id
-        output = OutputLog(lambda: self._on_first_output(request_id))
-        self._sequence += 1
         self.idle.clear()
-        self.requests.add(RequestHandle(record, output, digest, self._sequence, self.wall_offset_s))
+        if self._restorer is not None:
+            self.requests.add(self._restorer.handle_of(record))
+            return
+        self._sequence += 1
+        handle = RequestHandle(
+            record, self._new_output(request_id), digest, self._sequence, self.wall_offset_s
+        )
+        self.requests.add(handle)
+        if durable and self.journal is not None:
+            handle.durable = True
+            accepted = handle.accepted = asyncio.get_running_loop().create_future()
+
+            def then(error: StoreError | None) -> None:
+                if error is None:
+                    accepted.set_result(None)
+                else:
+                    self._take_back(handle, error)
+                    accepted.set_exception(error)
+                    # Nobody may be left to hear it.
+                    accepted.exception()
+
+            self.journal.accepted(handle, then)
+
+    def _take_back(self, handle: RequestHandle, error: StoreError) -> None:
+        """Forget a request that could not be written down: it was never accepted."""
+        handle.refused = True
+        self.feed(ev.RequestAborted(handle.request_id, error.as_failure()))
+        self.requests.forget(handle)
+
+    def _new_output(self, request_id: str) -> OutputLog:
+        return OutputLog(lambda: self._on_first_output(request_id))
 
     def _on_first_output(self, request_id: str) -> None:
         handle = self.requests.get(request_id)
@@ -204,56 +307,8 @@ class ControlLoop:
     def _start_attempt(self, effect: fx.DispatchAttempt, now: float) -> None:
         handle = self.requests.get(effect.record.request_id)
         handle.start_attempt(now)
-        handle.output.epoch = effect.epoch
-        instance = self.scheduler.fleet.get(effect.instance_id).spec
-        task = asyncio.get_running_loop().create_task(self._run_attempt(handle, instance, effect.decision))
-        handle.task = task
-        self._attempts.add(task)
-        task.add_done_callback(self._attempts.discard)
-
-    async def _run_attempt(
-        self, handle: RequestHandle, instance: ExecutionInstance, decision: SchedulingDecision
-    ) -> None:
-        request_id, epoch = handle.request_id, decision.epoch
-        try:
-            result = await self.coordinator.execute_request(
-                handle.record.metadata, instance, decision, sink=handle.output, model_name=handle.record.model
-            )
-        except EngineError as error:
-            self.feed(
-                ev.AttemptFailed(
-                    request_id,
-                    epoch,
-                    failure_of(error, instance.instance_id),
-                    retryable=error.retryable,
-                    engine_down=isinstance(error, EngineUnreachableError),
-                    counts_against_engine=error.counts_against_engine,
-                )
-            )
-        except InvalidRequestError as error:
-            self.feed(
-                ev.AttemptFailed(
-                    request_id, epoch, error.as_failure(), retryable=False, counts_against_engine=False
-                )
-            )
-        except Exception:
-            logger.exception("attempt crashed", extra={"request_id": request_id})
-            failure = Failure(
-                ErrorReason.INTERNAL, "the control plane failed to run the request; see its log"
-            )
-            self.feed(ev.AttemptFailed(request_id, epoch, failure, retryable=False))
-        else:
-            handle.outcome = result.outcome
-            usage = handle.usage()
-            self.feed(
-                ev.AttemptSucceeded(
-                    request_id,
-                    epoch,
-                    handle.output.token_count,
-                    prompt_token_count=usage.prompt_token_count,
-                    cached_prompt_token_count=usage.cached_prompt_token_count,
-                )
-            )
+        instance = self.scheduler.fleet.get(effect.instance_id)
+        self._attempts.start(handle, effect, instance.spec, instance.incarnation)
 
     def _finish(self, effect: fx.RequestEnded, now: float) -> None:
         record = effect.record
@@ -262,18 +317,25 @@ class ControlLoop:
         handle.end_s = now
         handle.end_attempt(now, effect.failure)
         handle.task = None
-        self._record_sample(handle, effect.state, now)
+        if not (handle.suspended or handle.refused):
+            self._record_sample(handle, effect.state, now)
         if (
             effect.state is RequestState.FAILED
+            and not handle.suspended
             and effect.failure is not None
             and effect.failure.reason not in _CALLER_FAULTS
         ):
             self.monitor.fault(
                 effect.failure.message, instance_id=record.instance_id, request_id=record.request_id
             )
+        if self.journal is not None and handle.durable and not (handle.suspended or handle.refused):
+            # Output that is on its way to the medium comes too late: what is written with the end is all.
+            handle.output.seal()
+            # Readers hear of the end when it is certain.
+            self.journal.ended(handle, lambda _: _show_end(handle))
+        else:
+            _show_end(handle)
         self.requests.note_ended(handle, now)
-        handle.output.close()
-        handle.ended.set()
         if self.scheduler.live_count == 0:
             self.idle.set()
 
@@ -300,7 +362,10 @@ class ControlLoop:
 
     def _on_instance_changed(self, effect: fx.InstanceChanged) -> None:
         if effect.previous is None:
-            self.coordinator.attach(self.scheduler.fleet.get(effect.instance_id).spec)
+            record = self.scheduler.fleet.get(effect.instance_id)
+            self.coordinator.attach(record.spec)
+            if self.journal is not None:
+                self.journal.instance_kept(record)
         elif effect.state in {InstanceState.UNHEALTHY, InstanceState.LOST}:
             self.health.probe_soon(effect.instance_id)
             self.monitor.fault(
@@ -315,6 +380,17 @@ class ControlLoop:
                 "reason": effect.reason,
             },
         )
+
+    def keep_instance(self, instance_id: str) -> None:
+        """Have a change of an instance survive a restart."""
+        record = self.scheduler.fleet.find(instance_id)
+        if self.journal is not None and record is not None:
+            self.journal.instance_kept(record)
+
+    def _on_fail_static_changed(self, effect: fx.FailStaticChanged) -> None:
+        title = "fail static" if effect.active else "fail static is over"
+        logger.log(logging.WARNING if effect.active else logging.INFO, title, extra={"reason": effect.why})
+        self.monitor.fault(f"{title}: {effect.why}")
 
     # -- replays for the adaptive policy ---------------------------------------------
 
@@ -363,20 +439,28 @@ class ControlLoop:
 
     def _on_timer(self) -> None:
         self._timer = None
+        self._watchdog.check_clock()
         self.feed(ev.ClockAdvanced())
 
     async def _scheduling_loop(self) -> None:
         """Safety net: everything it does is normally done already, by an event or a timer."""
         while True:
             await asyncio.sleep(self._config.scheduling_interval_s)
-            now = self.clock()
             try:
+                self._watchdog.check_clock()
+                now = self.clock()
                 if len(self.scheduler.queue):
                     self._perform(self._handle(ev.ClockAdvanced(), now), now)
                 self.requests.drop_old(now)
             except Exception:
                 # A net with a hole is still a net.
                 logger.exception("scheduling pass crashed")
+
+
+def _show_end(handle: RequestHandle) -> None:
+    """Let readers and waiters of a request hear of its end."""
+    handle.output.close()
+    handle.ended.set()
 
 
 def _log_settings(settings: SchedulingSettings) -> None:

@@ -9,7 +9,7 @@ import datetime as dt
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
 from sagecp.config import EngineConfig, RuntimeConfig
 from sagecp.core import events as ev
@@ -17,35 +17,40 @@ from sagecp.core.config import SchedulerConfig
 from sagecp.core.errors import (
     RequestFailedError,
     RequestIdConflictError,
+    RequestNotFoundError,
     ShuttingDownError,
 )
-from sagecp.core.fleet import InstanceRecord
+from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.prediction.accuracy import QuantityAccuracy
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.settings import SchedulingSettings, SettingsChange
 from sagecp.core.types import (
     ControlPlaneStatus,
+    Durability,
     ExecutionInstance,
     PerformanceMetrics,
     RequestMetadata,
-    RequestPriority,
     RequestStatus,
     SchedulingDecision,
 )
 from sagecp.core.validation import check_instance, check_request
 from sagecp.runtime.control_loop import ControlLoop, EventListener
 from sagecp.runtime.engines.base import EngineDelta
-from sagecp.runtime.engines.request_body import body_violations
+from sagecp.runtime.engines.request_body import body_violations, engine_request_id
 from sagecp.runtime.executor import ClientFactory, ExecutionCoordinator
 from sagecp.runtime.monitor import DEFAULT_WINDOW_S, MetricsKey, Monitor
 from sagecp.runtime.policy_evaluation import PolicyEvaluator
 from sagecp.runtime.requests import Reading, RequestHandle, RequestTable, fingerprint
+from sagecp.runtime.restart import ended_handle
+from sagecp.runtime.store.base import Store, StoreError
 from sagecp.version import __version__
 
 logger = logging.getLogger(__name__)
 
 POSITION_QUEUE_LIMIT = 10_000
 """In a longer queue of its model nobody is told a request's position."""
+SUBMIT_POSITION_QUEUE_LIMIT = 100
+"""Likewise, of who submits: to count those ahead must not cost more than to accept the request."""
 
 
 class ControlPlaneManager:
@@ -66,6 +71,7 @@ class ControlPlaneManager:
         policy_evaluator: Replays the past for the ``adaptive`` policy; without one
             that stays with ``priority``.
         on_event: Told every event of the core with its answer, for event logs.
+        store: Keeps durable requests over restarts; ``None``: none is durable.
 
     Raises:
         UnknownNameError: A name is not known; lists those that are.
@@ -86,6 +92,7 @@ class ControlPlaneManager:
         clock: Callable[[], float] = time.monotonic,
         policy_evaluator: PolicyEvaluator | None = None,
         on_event: EventListener | None = None,
+        store: Store | None = None,
     ) -> None:
         base = scheduler or SchedulerConfig()
         self.runtime_config = runtime or RuntimeConfig()
@@ -107,7 +114,10 @@ class ControlPlaneManager:
             clock,
             policy_evaluator,
             on_event,
+            store,
         )
+        self._store = store
+        self._draining_cut_s: float | None = None
         self._enable_monitoring = enable_monitoring
         self._clock = clock
         self._start_s = clock()
@@ -116,24 +126,44 @@ class ControlPlaneManager:
     # -- life ----------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the loops and take requests. Idempotent."""
+        """Bring back what was accepted before, start the loops, and take requests. Idempotent.
+
+        Raises:
+            StoreError: The store cannot be opened, or was damaged: nothing is started.
+        """
         if not self._loop.running:
+            await self._loop.open_journal()
             self._accepting = True
             self._loop.start(monitoring=self._enable_monitoring)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for those that were accepted; return whether all ended."""
+        """Refuse new requests, and wait for those that run; return whether all of them ended.
+
+        Durable requests that wait stay for the next start, and readers are told.
+        """
         self._accepting = False
+        self._draining_cut_s = time.time() + timeout_s
+        for handle in self._loop.requests.live():
+            handle.output.stir()
+        self._loop.suspend(running=False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._loop.idle.wait()
         return self._loop.idle.is_set()
 
     async def stop(self) -> None:
-        """End every request that is left as FAILED, stop the loops, close all connections. Idempotent."""
+        """Stop the loops and close all connections. Idempotent.
+
+        Durable requests that are left go on at the next start; others end as FAILED.
+        """
         self._accepting = False
         await self._loop.stop()
         await self.coordinator.close()
+
+    @property
+    def draining_cut_s(self) -> float | None:
+        """When remaining streams will be cut, in Unix seconds; ``None``: not draining."""
+        return self._draining_cut_s
 
     @property
     def accepting(self) -> bool:
@@ -154,31 +184,81 @@ class ControlPlaneManager:
             QueueFullError: Too much waits already.
             ShuttingDownError: The control plane is not running.
         """
-        handle, _ = self.accept(request)
-        return handle.status(self._queue_position(handle))
+        handle, _ = await self.accept(request, durable=True)
+        return self.status_of(handle, SUBMIT_POSITION_QUEUE_LIMIT)
 
-    def accept(self, request: RequestMetadata, *, checked: bool = False) -> tuple[RequestHandle, bool]:
+    async def accept(
+        self, request: RequestMetadata, *, durable: bool, checked: bool = False
+    ) -> tuple[RequestHandle, bool]:
         """Accept a request and return its handle, and whether it is new. Errors: as `submit_request`.
 
         Args:
             request: What is asked.
+            durable: Whether it survives a restart where it does not say so itself, as far
+                as there is a store. Then this returns once that is certain.
             checked: Its fields were checked already.
         """
         if not checked:
             check_request(request, body_violations(request))
+        if request.durability is not Durability.DEFAULT:
+            durable = request.durability is Durability.DURABLE
+            if durable and self._store is None:
+                raise StoreError(
+                    "this control plane keeps no journal, so that nothing survives its restart; leave the "
+                    "durability out, or start it with --journal"
+                )
         if request.request_id:
             digest = fingerprint(request)
-            known = self._loop.requests.find(request.request_id)
+            known = await self._find(request.tenant_id, request.request_id)
             if known is not None:
                 if known.fingerprint != digest:
                     raise RequestIdConflictError(request.request_id)
+                await self._certain(known)
                 return known, False
         else:
             request = dataclasses.replace(request, request_id=f"req-{secrets.token_hex(10)}")
             digest = b""
         if not self._accepting:
-            raise ShuttingDownError("the control plane does not take requests; it is stopping or not started")
-        return self._loop.submit(request, digest), True
+            raise ShuttingDownError(
+                "the control plane does not take requests; it is stopping or not started", retry_after_s=1.0
+            )
+        handle = self._loop.submit(request, digest, durable=durable and self._store is not None)
+        await self._certain(handle)
+        return handle, True
+
+    @staticmethod
+    async def _certain(handle: RequestHandle) -> None:
+        """Return once a request is accepted for certain."""
+        if handle.accepted is not None and not handle.accepted.done():
+            # Others may wait for it as well.
+            await asyncio.shield(handle.accepted)
+        elif handle.accepted is not None:
+            handle.accepted.result()
+
+    async def find_request(self, tenant_id: str, request_id: str) -> RequestHandle:
+        """Return a request, from the store if it ended longer ago.
+
+        Raises:
+            RequestNotFoundError: It is not known, or no longer.
+        """
+        handle = await self._find(tenant_id, request_id)
+        if handle is None:
+            raise RequestNotFoundError(request_id)
+        return handle
+
+    async def _find(self, tenant_id: str, request_id: str) -> RequestHandle | None:
+        handle = self._loop.requests.find(request_id)
+        store = self._store
+        if handle is not None or store is None or not store.may_have_ended(tenant_id, request_id):
+            return handle
+        ended = await store.find_ended(tenant_id, request_id)
+        # It may have been asked for twice meanwhile, or used anew.
+        handle = self._loop.requests.find(request_id)
+        if handle is None and ended is not None:
+            handle = ended_handle(ended, self._loop.wall_offset_s)
+            self._loop.requests.add(handle)
+            self._loop.requests.note_ended(handle, self._clock())
+        return handle
 
     async def get_request_status(self, request_id: str) -> RequestStatus:
         """Return what is known of a request.
@@ -186,11 +266,12 @@ class ControlPlaneManager:
         Raises:
             RequestNotFoundError: It is not known, or no longer.
         """
-        return self.status_of(self._loop.requests.get(request_id))
+        return self.status_of(await self.find_request("", request_id))
 
-    def status_of(self, handle: RequestHandle) -> RequestStatus:
-        """Return what is known of a request, from its handle."""
-        return handle.status(self._queue_position(handle))
+    def status_of(self, handle: RequestHandle, position_limit: int | None = None) -> RequestStatus:
+        """Return what is known of a request, from its handle; its position in queues up to the limit."""
+        limit = POSITION_QUEUE_LIMIT if position_limit is None else position_limit
+        return handle.status(self._queue_position(handle, limit))
 
     async def cancel_request(self, request_id: str, cause: str = "") -> tuple[RequestStatus, bool]:
         """Stop a request and the engine's work for it.
@@ -201,10 +282,12 @@ class ControlPlaneManager:
         Raises:
             RequestNotFoundError: It is not known, or no longer.
         """
-        handle = self._loop.requests.get(request_id)
+        handle = self._loop.requests.find(request_id) or await self.find_request("", request_id)
         cancelled = not handle.state.is_terminal
         if cancelled:
             self._loop.feed(ev.RequestCancelled(request_id, cause))
+        # A durable request's end is told once it is certain.
+        await handle.ended.wait()
         return handle.status(None), cancelled
 
     async def wait_request(self, request_id: str) -> RequestStatus:
@@ -213,7 +296,7 @@ class ControlPlaneManager:
         Raises:
             RequestNotFoundError: It is not known, or no longer.
         """
-        handle = self._loop.requests.get(request_id)
+        handle = await self.find_request("", request_id)
         await handle.ended.wait()
         return handle.status(None)
 
@@ -228,7 +311,7 @@ class ControlPlaneManager:
             TooManyStreamsError: Too many read it already.
             RequestFailedError: The request ended otherwise; carries its failure.
         """
-        handle = self._loop.requests.get(request_id)
+        handle = await self.find_request("", request_id)
         output = handle.output
         cursor = output.seek(from_token_index)
         with self.reading(handle):
@@ -254,11 +337,11 @@ class ControlPlaneManager:
         """Return one receipt per dispatch of a request."""
         return tuple(handle.record.decisions)
 
-    def _queue_position(self, handle: RequestHandle) -> int | None:
+    def _queue_position(self, handle: RequestHandle, limit: int) -> int | None:
         record, queue = handle.record, self.scheduler.queue
         # To count those ahead takes a look at each, while everything else waits.
         line = queue.line(record.model)
-        if not record.queued or line is None or len(line) > POSITION_QUEUE_LIMIT:
+        if not record.queued or line is None or len(line) > limit:
             return None
         return queue.position(record, self._clock())
 
@@ -302,14 +385,47 @@ class ControlPlaneManager:
         """
         self._loop.feed(beat)
 
-    def drain_instance(self, instance_id: str, *, undo: bool = False) -> None:
-        """Stop new work for an instance, or undo that.
+    def orphans(self, instance_id: str, engine_request_ids: Iterable[str]) -> list[str]:
+        """Return those of an engine's requests that the control plane does not have there.
+
+        Args:
+            instance_id: The instance, registered.
+            engine_request_ids: What runs on its engine, by the ids that attempts were sent with.
+        """
+        record = self.scheduler.fleet.get(instance_id)
+        known = {engine_request_id(each.request_id, each.epoch) for each in record.in_flight.values()}
+        return [engine_id for engine_id in engine_request_ids if engine_id not in known]
+
+    def drain_instance(
+        self,
+        instance_id: str,
+        *,
+        undo: bool = False,
+        incarnation: int = 0,
+        grace_s: float | None = None,
+        force: bool = False,
+        cause: str = "",
+    ) -> None:
+        """Stop new work for an instance, or undo that. It is DRAINED once nothing runs on it any more.
+
+        A repetition changes nothing; another grace time counts from then on.
+
+        Args:
+            instance_id: The instance.
+            undo: Take work again.
+            incarnation: Which one is meant; 0: whichever is registered.
+            grace_s: After this time, requests still running there go on elsewhere, as far as
+                they can; 0: at once; ``None``: never.
+            force: Even if the rest of the fleet could not carry the load.
+            cause: Why, for the record.
 
         Raises:
             InstanceNotFoundError: It is not registered.
-            IllegalTransitionError: Undone without a drain.
+            StaleIncarnationError: A newer incarnation is registered.
+            DrainRefusedError: The rest of the fleet could not carry the load; says what is missing.
         """
-        self._loop.feed(ev.DrainRequested(instance_id, undo))
+        self._loop.feed(ev.DrainRequested(instance_id, undo, incarnation, grace_s, force, cause))
+        self._loop.keep_instance(instance_id)
 
     @property
     def requests(self) -> RequestTable:
@@ -412,9 +528,6 @@ class ControlPlaneManager:
     def get_status(self) -> ControlPlaneStatus:
         """Return the state of the control plane."""
         scheduler = self.scheduler
-        by_priority = dict.fromkeys(RequestPriority, 0)
-        for record in scheduler.queue:
-            by_priority[record.metadata.priority] += 1
         now = self._clock()
         settings = scheduler.settings.current
         return ControlPlaneStatus(
@@ -429,7 +542,7 @@ class ControlPlaneManager:
             policy_reason=self.why_policy(),
             instance_count_by_state={s.name: n for s, n in scheduler.fleet.count_by_state().items() if n},
             queued_count_by_model=scheduler.queue.count_by_model(),
-            queued_count_by_priority={p.name: n for p, n in by_priority.items() if n},
+            queued_count_by_priority={p.name: n for p, n in scheduler.queue.count_by_priority().items()},
             active_requests=scheduler.active_count,
             queued_requests=len(scheduler.queue),
             queue_capacity=scheduler.queue.max_request_count,

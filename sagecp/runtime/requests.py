@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from sagecp.core.effects import InterruptAttempt
 from sagecp.core.errors import Failure, RequestNotFoundError, TooManyStreamsError
 from sagecp.core.request import RequestRecord
 from sagecp.core.types import AttemptRecord, RequestMetadata, RequestState, RequestStatus, Usage
@@ -36,7 +37,7 @@ def fingerprint(metadata: RequestMetadata) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-class _Attempt:
+class Attempt:
     """One execution, while it may still change. Times are on the core's clock."""
 
     __slots__ = ("dispatch_s", "end_s", "epoch", "failure", "instance_id")
@@ -58,19 +59,29 @@ class RequestHandle:
         fingerprint: Hash of what was asked.
         sequence: Order of creation, unique; newest highest.
         wall_offset_s: Add to the core's clock to get Unix seconds.
+        durable: Whether it survives a restart.
+        accepted: Done when its acceptance survives a restart, or cannot; ``None``: nobody need wait.
+        refused: It could not be written down and was never accepted.
+        suspended: The control plane stops; the request goes on when it starts again.
         task: The present attempt, or ``None``.
+        interruption: Why that is being stopped, so that the request goes on elsewhere.
     """
 
     __slots__ = (
+        "accepted",
         "attempts",
+        "durable",
         "end_s",
         "ended",
         "failure",
         "fingerprint",
+        "interruption",
         "outcome",
         "output",
         "record",
+        "refused",
         "sequence",
+        "suspended",
         "task",
         "wall_offset_s",
     )
@@ -83,7 +94,12 @@ class RequestHandle:
         self.fingerprint = digest
         self.sequence = sequence
         self.wall_offset_s = wall_offset_s
-        self.attempts: list[_Attempt] = []
+        self.durable = False
+        self.accepted: asyncio.Future[None] | None = None
+        self.refused = False
+        self.suspended = False
+        self.interruption: InterruptAttempt | None = None
+        self.attempts: list[Attempt] = []
         self.task: asyncio.Task[None] | None = None
         self.outcome: EngineOutcome | None = None
         self.failure: Failure | None = None
@@ -98,7 +114,7 @@ class RequestHandle:
     @property
     def state(self) -> RequestState:
         """Where it is in its life."""
-        return self.record.state
+        return RequestState.QUEUED if self.suspended else self.record.state
 
     @property
     def finish_reason(self) -> str:
@@ -117,9 +133,14 @@ class RequestHandle:
             cached_prompt_token_count=outcome.cached_token_count,
         )
 
+    @property
+    def lost_count(self) -> int:
+        """Attempts that ended before the request did."""
+        return sum(attempt.failure is not None for attempt in self.attempts)
+
     def start_attempt(self, now: float) -> None:
         """Note a dispatch."""
-        self.attempts.append(_Attempt(self.record.epoch, self.record.instance_id, now))
+        self.attempts.append(Attempt(self.record.epoch, self.record.instance_id, now))
 
     def end_attempt(self, now: float, failure: Failure | None) -> None:
         """Note the end of the present attempt."""
@@ -137,7 +158,7 @@ class RequestHandle:
 
         return RequestStatus(
             request_id=record.request_id,
-            state=record.state,
+            state=self.state,
             model_name=record.model,
             priority=metadata.priority,
             create_time_s=record.arrival_s + self.wall_offset_s,
@@ -161,7 +182,7 @@ class RequestHandle:
             ),
             usage=self.usage(),
             finish_reason=self.finish_reason,
-            failure=self.failure,
+            failure=None if self.suspended else self.failure,
             queue_position=queue_position,
             labels=metadata.labels,
         )
@@ -209,6 +230,12 @@ class RequestTable:
         if handle is None:
             raise RequestNotFoundError(request_id)
         return handle
+
+    def forget(self, handle: RequestHandle) -> None:
+        """Drop a request that was never accepted."""
+        self._handles.pop(handle.request_id, None)
+        if self._ended.pop(handle.request_id, None) is not None:
+            self._ended_bytes -= handle.output.size_bytes
 
     def note_ended(self, handle: RequestHandle, now: float) -> None:
         """Start the retention of a request that has just ended, and let the oldest go.

@@ -24,6 +24,7 @@ class Output:
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     finish_reasons: dict[int, str] = field(default_factory=dict)
     stop_reason: str = ""
+    notices: list[inference_service_pb2.StreamNotice] = field(default_factory=list)
     openai_events: list[dict[str, Any]] = field(default_factory=list)
     chunk_count: int = 0
     token_count: int = 0
@@ -76,6 +77,8 @@ def read(events: Iterable[Event], *, from_token_index: int = 0, output: Output |
             if chunk.finish_reason:
                 output.finish_reasons[index] = chunk.finish_reason
                 output.stop_reason = chunk.stop_reason
+        elif kind == "notice":
+            output.notices.append(event.notice)
         elif kind == "terminal":
             output.terminal = event.terminal
             assert event.terminal.token_count == (next_index or 0) or from_token_index

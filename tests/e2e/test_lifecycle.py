@@ -24,44 +24,81 @@ Inference = inference_service_pb2_grpc.InferenceServiceStub
 Fleet = fleet_service_pb2_grpc.FleetServiceStub
 
 
-def spec_of(max_tokens: int) -> request_pb2.RequestSpec:
+def spec_of(max_tokens: int, prompt: str = "Go on") -> request_pb2.RequestSpec:
     return request_pb2.RequestSpec(
         model=MODEL,
-        prompt=request_pb2.Prompt(text="Go on"),
+        prompt=request_pb2.Prompt(text=prompt),
         sampling=request_pb2.SamplingParameters(max_tokens=max_tokens, temperature=0, ignore_eos=True),
     )
 
 
-def test_a_killed_engine_leaves_the_rotation(
+def instance_of(inference: Inference, request_id: str) -> str:
+    """Return where a request runs."""
+    request = inference.GetRequest(
+        inference_service_pb2.GetRequestRequest(request_id=request_id), timeout=10
+    ).request
+    return request.instance_id
+
+
+def test_streams_of_a_killed_engine_go_on_elsewhere_as_if_nothing_had_happened(
     inference: Inference, fleet: Fleet, engines: dict[str, Engine]
 ) -> None:
-    # Long requests, until each engine runs at least one.
-    calls: dict[str, Any] = {}
+    """kill -9 mid-stream: what comes out in all is what one engine would have given."""
+    token_count = 1200
+    prompts = [f"Once upon a time, {number}" for number in range(6)]
+    unbroken = {prompt: generate(inference, spec_of(token_count, prompt)) for prompt in prompts}
+    # Long requests, until each engine runs at least one; and one that cannot be continued on each.
+    calls: dict[str, tuple[str, Any]] = {}
     where: dict[str, str] = {}
-    while set(where.values()) != {"engine-a", "engine-b"}:
-        assert len(calls) < 20, f"20 requests ran on {set(where.values())}: the other takes none"
-        call = inference.Generate(inference_service_pb2.GenerateRequest(spec=spec_of(8000)), timeout=60)
+    bound: dict[str, Any] = {}
+    for prompt in [*prompts, *prompts]:
+        if set(where.values()) == {"engine-a", "engine-b"}:
+            break
+        call = inference.Generate(
+            inference_service_pb2.GenerateRequest(spec=spec_of(token_count, prompt)), timeout=120
+        )
+        request_id = next(call).opened.request_id
+        calls[request_id] = (prompt, call)
+        where[request_id] = instance_of(inference, request_id)
+    assert set(where.values()) == {"engine-a", "engine-b"}
+    spec = spec_of(4000)
+    spec.failover_mode = request_pb2.FAILOVER_MODE_FAIL
+    while "engine-b" not in bound:
+        assert len(bound) < 20, "no request went to engine-b"
+        call = inference.Generate(inference_service_pb2.GenerateRequest(spec=spec), timeout=120)
         request_id = next(call).opened.request_id
         while not next(call).HasField("chunk"):
             pass
-        calls[request_id] = call
-        where[request_id] = inference.GetRequest(
-            inference_service_pb2.GetRequestRequest(request_id=request_id), timeout=10
-        ).request.instance_id
+        bound[instance_of(inference, request_id)] = call
 
     engines["engine-b"].program.signal_group(signal.SIGKILL)
 
-    for request_id, call in calls.items():
-        if where[request_id] != "engine-b":
-            continue
-        output = Output(request_id=request_id)
-        with pytest.raises(grpc.RpcError) as caught:
-            read_rest(call, output)
-        found = refusal(caught.value)
-        assert found.code is grpc.StatusCode.UNAVAILABLE
-        assert found.reason in {"ENGINE_FAILED", "ENGINE_UNREACHABLE"}
-        assert "engine-b" in found.message
-        assert output.end.state == request_pb2.REQUEST_STATE_FAILED
+    for request_id, (prompt, call) in calls.items():
+        output = read(call, output=Output(request_id=request_id))
+        whole = unbroken[prompt]
+        assert output.end.state == request_pb2.REQUEST_STATE_SUCCEEDED, output.end.failure.message
+        assert output.token_ids == whole.token_ids
+        assert output.text == whole.text
+        assert output.end.usage == whole.end.usage or where[request_id] == "engine-a"
+        assert output.end.usage.completion_token_count == token_count
+        if where[request_id] == "engine-b":
+            assert output.end.instance_id == "engine-a"
+            (notice,) = output.notices
+            assert notice.failover.epoch == 2
+            assert [attempt.instance_id for attempt in output.end.request.attempts] == [
+                "engine-b",
+                "engine-a",
+            ]
+    output = Output(request_id="bound to its engine")
+    with pytest.raises(grpc.RpcError) as caught:
+        read_rest(bound.pop("engine-b"), output)
+    found = refusal(caught.value)
+    assert found.code is grpc.StatusCode.UNAVAILABLE
+    assert found.reason in {"ENGINE_FAILED", "ENGINE_UNREACHABLE"}
+    assert "engine-b" in found.message
+    assert output.end.state == request_pb2.REQUEST_STATE_FAILED
+    for call in bound.values():
+        call.cancel()
 
     state = eventually(
         lambda: instance_states(fleet)["engine-b"],
@@ -72,14 +109,8 @@ def test_a_killed_engine_leaves_the_rotation(
         fleet_service_pb2.GetInstanceRequest(instance_id="engine-b"), timeout=10
     ).instance
     assert instance.state_reason, f"{state} comes with a reason"
-
     for _ in range(6):
         assert generate(inference, spec_of(4)).end.instance_id == "engine-a"
-    # The one beside it was not disturbed.
-    for request_id, call in calls.items():
-        if where[request_id] == "engine-a":
-            next(call)
-            call.cancel()
 
 
 def test_a_restarted_engine_returns(

@@ -31,8 +31,8 @@ from sagecp.core.errors import (
     QueueFullError,
     RequestNotFoundError,
 )
-from sagecp.core.fleet import InstanceRecord
 from sagecp.core.instance_load import InstanceLoad
+from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.prediction.accuracy import QuantityAccuracy
@@ -45,6 +45,7 @@ from sagecp.core.types import (
     AttemptRecord,
     CandidateScore,
     ControlPlaneStatus,
+    Durability,
     DurationQuantiles,
     EngineCondition,
     EngineGauges,
@@ -184,6 +185,7 @@ def test_every_field_of_a_request_arrives() -> None:
         cost_budget=0.5,
         parallelism_hint=ParallelismType.EXPERT,
         failover_mode=FailoverMode.RESTART,
+        durability=Durability.EPHEMERAL,
         labels={"team": "a"},
         include_openai_events=True,
     )

@@ -408,8 +408,8 @@ async def test_nobody_waits_for_ever() -> None:
 async def test_the_same_id_with_the_same_content_is_the_same_request(bench: Bench) -> None:
     engine = await bench.add()
     request = RequestMetadata(request_id="r", prompt="x", sampling=SamplingParameters(logit_bias={5: 1.0}))
-    handle, created = bench.manager.accept(request)
-    again, created_again = bench.manager.accept(request)
+    handle, created = await bench.manager.accept(request, durable=False)
+    again, created_again = await bench.manager.accept(request, durable=False)
     assert (created, created_again) == (True, False)
     assert again is handle
     (await engine.next_call()).answer("x")
@@ -758,7 +758,7 @@ async def test_a_draining_instance_finishes_and_gets_no_more(bench: Bench) -> No
     engine = await bench.add()
     await bench.submit("r1")
     call = await engine.next_call()
-    bench.manager.drain_instance("a")
+    bench.manager.drain_instance("a", force=True)
     assert bench.manager.instance("a").state.name == "DRAINING"
     assert await bench.submit("r2") is RequestState.QUEUED
     call.answer("x")

@@ -46,7 +46,7 @@ def test_nothing_is_added_after_the_end() -> None:
     log = OutputLog(lambda: told.append("first"))
     log.close()
     log.on_deltas([piece("late")])
-    assert log.deltas == []
+    assert not log.deltas
     assert log.token_count == 0
     assert told == []
 
@@ -131,3 +131,13 @@ async def test_a_reader_that_leaves_is_forgotten() -> None:
     log.on_deltas([piece("a")])
     await stays
     assert log._waiters == []
+
+
+def test_output_that_is_not_kept_any_more_is_not_taken_for_none() -> None:
+    log = make_log()
+    log.let_go(3)
+    log.close()
+    assert log.seek(3) == 0
+    for index in (0, 2):
+        with pytest.raises(TokenIndexOutOfRangeError, match="not kept any more"):
+            log.seek(index)

@@ -62,12 +62,26 @@ EVENTS: list[ev.Event] = [
             prompt_digest=PromptDigest(100, (1, (1 << 63) - 1), 16),
         )
     ),
+    ev.RequestsRestored(
+        (
+            ev.RestoredRequest(
+                RequestMetadata(request_id="r1", prompt_digest=PromptDigest(100, (1, 2), 16)),
+                "m",
+                arrival_s=-3.5,
+                size_bytes=40,
+                epoch=2,
+                lost_instance_ids=("a",),
+                output_token_count=7,
+            ),
+        )
+    ),
     ev.RequestCancelled("r1", "the caller left"),
     ev.RequestAborted("r1", FAILURE),
     ev.AttemptProgressed("r1", 1),
     ev.AttemptSucceeded("r1", 2, 7, prompt_token_count=9, cached_prompt_token_count=0),
     ev.AttemptFailed("r1", 1, FAILURE, retryable=True, engine_down=True),
     ev.InstanceRegistered(INSTANCE, 5, EngineCondition.HEALTHY),
+    ev.InstanceRestored(INSTANCE, 5, draining=True),
     ev.InstanceDeregistered("a", 5, "gone"),
     ev.HeartbeatReceived(
         "a",
@@ -77,9 +91,12 @@ EVENTS: list[ev.Event] = [
         gpus=(GpuReading(index=0),),
     ),
     ev.HealthProbed("a", EngineCondition.UNHEALTHY, "500"),
-    ev.DrainRequested("a", undo=True),
+    ev.EngineSilent("a", 11.5),
+    ev.EngineProbed("a", answered=False, detail="no token in 5 s"),
+    ev.DrainRequested("a", undo=False, incarnation=3, grace_s=30.0, force=True, cause="upgrade"),
     ev.SchedulingConfigured(SettingsChange(scheduling_policy="fifo", parameters={"adaptive.gain": 0.1})),
     ev.PoliciesEvaluated(3, (PolicyScore(policy="fifo", attainment=1 / 3, token_weighted_attainment=1.0),)),
+    ev.ClockSkipped(30.25),
     ev.ClockAdvanced(),
 ]
 
@@ -110,6 +127,7 @@ def test_of_a_prompt_only_its_digest_and_size_are_kept() -> None:
 def test_keys_of_engines_are_not_kept() -> None:
     keyed = dataclasses.replace(INSTANCE, api_key="sesame")
     assert "sesame" not in json.dumps(encode_event(ev.InstanceRegistered(keyed)))
+    assert "sesame" not in json.dumps(encode_event(ev.InstanceRestored(keyed)))
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class Stack:
         self.control_plane = Child(
             "control-plane",
             ["serve", "--listen", f"{_HOST}:{port}", "--drain-timeout", _DRAIN_TIMEOUT,
-             "--log-format", "console", *plan.serve_options],
+             "--log-format", "console", "--journal", "off", *plan.serve_options],
             self._show,
         )  # fmt: skip
         profile = ["--profile", plan.profile] if plan.profile else []

@@ -6,6 +6,7 @@ from typing import Any
 
 from sagecp.core.errors import ErrorReason, Failure, FieldViolation, InvalidRequestError
 from sagecp.core.types import (
+    Durability,
     FailoverMode,
     OpenAiApi,
     ParallelismType,
@@ -83,7 +84,8 @@ def request_from_proto(spec: request_pb2.RequestSpec, tenant_id: str) -> Request
         values["parallelism_hint"] = _PARALLELISM[spec.parallelism_hint]
     if check_enum("failover_mode", spec.failover_mode, request_pb2.FailoverMode.DESCRIPTOR, violations):
         values["failover_mode"] = FailoverMode(spec.failover_mode)
-    check_enum("durability", spec.durability, request_pb2.Durability.DESCRIPTOR, violations)
+    if check_enum("durability", spec.durability, request_pb2.Durability.DESCRIPTOR, violations):
+        values["durability"] = Durability(spec.durability)
     if spec.HasField("cost_budget_usd"):
         values["cost_budget"] = spec.cost_budget_usd
     if spec.labels:
