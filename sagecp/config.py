@@ -64,6 +64,9 @@ class RuntimeConfig:
             collect tokens before it sends them. 0 sends at once; 0.05 to 0.1
             saves the server about half its CPU per paced token.
         max_streams_per_request: Most readers of one request at once.
+        reader_stall_timeout_s: A reader that takes nothing for so long is detached.
+        max_unread_bytes: Most bytes of messages that wait for stalled readers, over
+            all streams; beyond it those that have stalled longest are detached.
     """
 
     scheduling_interval_s: float = 0.1
@@ -76,6 +79,35 @@ class RuntimeConfig:
     retention_s: float = 3600.0
     token_coalescing_window_s: float = 0.0
     max_streams_per_request: int = 16
+    reader_stall_timeout_s: float = 30.0
+    max_unread_bytes: int = 128 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalConfig:
+    """Where accepted requests are written down, and how much is kept. Times in seconds.
+
+    Attributes:
+        enabled: Whether there is a journal. Without one, a restart forgets everything.
+        path: The file; empty: ``sagecp/journal-PORT.db`` in the user's state folder
+            (``$XDG_STATE_HOME``, or ``~/.local/state``), and none where the port is 0.
+        retention_s: How long an ended request's id, state and usage are kept.
+        max_ended_count: Most ended requests kept, oldest let go of first.
+        output_retention_s: How long an ended request's output is kept.
+        max_output_bytes: Most output kept of ended requests, oldest let go of first.
+        ballast_bytes: Room held on the disk and given up when it is full, so that
+            what was accepted can still be written down. 0: none.
+        max_pending_bytes: Most that may wait to be written; beyond it new requests are refused.
+    """
+
+    enabled: bool = True
+    path: str = ""
+    retention_s: float = 86_400.0
+    max_ended_count: int = 500_000
+    output_retention_s: float = 3600.0
+    max_output_bytes: int = 256 << 20
+    ballast_bytes: int = 8 << 20
+    max_pending_bytes: int = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +160,7 @@ class ServerConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    journal: JournalConfig = field(default_factory=JournalConfig)
 
     def validate(self) -> ServerConfig:
         """Return self if every setting is usable.
@@ -172,8 +205,19 @@ class ServerConfig:
             ("runtime.", self.runtime),
             ("engine.", self.engine),
             ("scheduler.", self.scheduler),
+            ("scheduler.health.", self.scheduler.health),
+            ("journal.", self.journal),
         ):
             violations += _check_numbers(prefix, section)
+        violations += _check_journal(self.journal, self.max_message_bytes)
+        violations += [
+            FieldViolation(f"scheduler.queue_shares.{each.field}", each.description)
+            for each in self.scheduler.queue_shares.violations()
+        ]
+        violations += [
+            FieldViolation(f"scheduler.health.{each.field}", each.description)
+            for each in self.scheduler.health.violations()
+        ]
         violations += [
             FieldViolation(f"scheduler.{each.field}", each.description)
             for each in PARAMETERS.violations(self.scheduler.parameters)
@@ -197,6 +241,9 @@ _ZERO_ALLOWED = {
     "seed",
     "retained_request_count",
     "retained_bytes",
+    "output_retention_s",
+    "max_output_bytes",
+    "ballast_bytes",
 }
 
 
@@ -210,6 +257,29 @@ def _check_numbers(prefix: str, section: Any) -> list[FieldViolation]:  # noqa: 
         if math.isnan(value) or value < 0 or (value == 0 and not low_is_fine):
             bound = "0 or more" if low_is_fine else "above 0"
             violations.append(FieldViolation(f"{prefix}{item.name}", f"is {value}; must be {bound}"))
+    return violations
+
+
+def _check_journal(journal: JournalConfig, max_message_bytes: int) -> list[FieldViolation]:
+    violations = []
+    if journal.path and Path(journal.path).is_dir():
+        violations.append(FieldViolation("journal.path", f"{journal.path} is a folder; name a file in it"))
+    if 0 < journal.retention_s < journal.output_retention_s:
+        violations.append(
+            FieldViolation(
+                "journal.output_retention_s",
+                f"is {journal.output_retention_s:g}, longer than requests themselves are kept: "
+                f"lower it, or raise retention_s ({journal.retention_s:g})",
+            )
+        )
+    if 0 < journal.max_pending_bytes < max_message_bytes:
+        violations.append(
+            FieldViolation(
+                "journal.max_pending_bytes",
+                f"is {journal.max_pending_bytes}, less than one message may have; "
+                f"give at least max_message_bytes ({max_message_bytes})",
+            )
+        )
     return violations
 
 

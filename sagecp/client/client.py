@@ -312,6 +312,43 @@ class SageClient:
         )
         return response.in_flight_request_count
 
+    async def drain_instance(
+        self,
+        instance_id: str,
+        *,
+        undo: bool = False,
+        grace_s: float | None = None,
+        force: bool = False,
+        incarnation: int = 0,
+        cause: str = "",
+    ) -> Instance:
+        """Stop new work for an instance, or undo that; it is ``DRAINED`` once nothing runs there.
+
+        A repetition changes nothing; another grace time counts from the call.
+
+        Args:
+            instance_id: The instance.
+            undo: Take work again.
+            grace_s: After this time, requests still running there go on elsewhere, as
+                far as they can; 0: at once; ``None``: never.
+            force: Even if the rest of the fleet could not carry the load.
+            incarnation: Which one is meant; 0: whichever is registered.
+            cause: Why, for the record.
+
+        Raises:
+            NotFoundError: It is not registered.
+            ConflictError: The rest of the fleet could not carry the load (``DRAIN_REFUSED``),
+                or a newer incarnation is registered.
+            InvalidArgumentError: A value does not fit its field.
+        """
+        query = fleet_service_pb2.DrainInstanceRequest(
+            instance_id=instance_id, undo=undo, force=force, incarnation=incarnation, cause=cause
+        )
+        if grace_s is not None:
+            query.grace_period.CopyFrom(_given_duration("grace_period", grace_s))
+        response = await self.connection.unary(self.connection.fleet.DrainInstance, query)
+        return convert.instance(response.instance)
+
     async def get_instance(self, instance_id: str) -> Instance:
         """Return an instance.
 
@@ -364,12 +401,7 @@ class SageClient:
         """
         query = admin_service_pb2.GetMetricsRequest(model=model, instance_id=instance_id, tenant_id=tenant_id)
         if window_s is not None:
-            try:
-                query.window.CopyFrom(_duration(window_s))
-            except (ValueError, OverflowError):
-                raise invalid_argument(
-                    [FieldViolation("window", f"is {window_s!r}, which does not fit")]
-                ) from None
+            query.window.CopyFrom(_given_duration("window", window_s))
         if group_by:
             name = f"METRICS_DIMENSION_{group_by.upper()}"
             with contextlib.suppress(ValueError):
@@ -395,9 +427,12 @@ class SageClient:
         return convert.control_plane_status(response)
 
 
-def _duration(seconds: float) -> Duration:
+def _given_duration(field: str, seconds: float) -> Duration:
     duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
+    try:
+        duration.FromNanoseconds(round(seconds * 1e9))
+    except (ValueError, OverflowError):
+        raise invalid_argument([FieldViolation(field, f"is {seconds!r}, which does not fit")]) from None
     return duration
 
 

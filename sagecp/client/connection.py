@@ -90,6 +90,8 @@ class Connection:
                 ("grpc.min_reconnect_backoff_ms", 500),
                 ("grpc.max_reconnect_backoff_ms", 5_000),
                 ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+                # One layer retries, and it is this one: nobody may configure another through DNS.
+                ("grpc.service_config_disable_resolution", 1),
             ]
             if self._local:
                 options.append(("grpc.enable_http_proxy", 0))
@@ -187,19 +189,46 @@ class Connection:
                 request_id=request_id,
             )
 
+    def note_accepted(self) -> None:
+        """Note that a call for new work was accepted, before its answer is complete."""
+        self._throttle.note(accepted=True)
+
     def note_answer(self, error: ClientError | None, *, admission: bool) -> None:
         """Learn from the end of a call: whether it succeeded, and whether it was refused for overload."""
         if error is None:
             self._budget.succeeded()
         if admission:
-            self._throttle.note(accepted=error is None or error.reason not in _OVERLOAD)
+            # Without a time to come back it is this request that cannot be served, whatever the load.
+            refused = error is not None and error.reason in _OVERLOAD and error.retry_after_s is not None
+            self._throttle.note(accepted=not refused)
 
-    async def pause(self, retry: RetryPolicy, attempt: int, error: ClientError, end_s: float | None) -> bool:
-        """Wait before the next try; return false when there shall be none."""
-        wait_s = retry.pause_s(attempt, error, self._random)
+    async def pause(
+        self,
+        retry: RetryPolicy,
+        attempt: int,
+        error: ClientError,
+        end_s: float | None,
+        lost_s: float | None = None,
+    ) -> bool:
+        """Wait before the next try; return false when there shall be none.
+
+        Args:
+            retry: When calls are repeated.
+            attempt: Number of the try that failed, from 1.
+            error: Its error.
+            end_s: When the caller's time is over, on the monotonic clock; ``None``: never.
+            lost_s: How long ago the open stream was lost that is to be resumed;
+                ``None``: the call asks for something new. Only that takes from the
+                budget: to go on reading makes no work, and an outage breaks all
+                streams at once.
+        """
+        if lost_s is None:
+            wait_s = retry.pause_s(attempt, error, self._random)
+        else:
+            wait_s = retry.resume_pause_s(attempt, lost_s, error, self._random)
         if wait_s is None or (end_s is not None and time.monotonic() + wait_s >= end_s):
             return False
-        if not self._budget.take():
+        if lost_s is None and not self._budget.take():
             return False
         await asyncio.sleep(wait_s)
         return True

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sagecp.client.errors import invalid_argument
-from sagecp.client.values import Chunk, Instance, Metrics
+from sagecp.client.values import Chunk, Drain, Instance, Metrics
 from sagecp.core.errors import ErrorReason, Failure, FieldViolation
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
 from sagecp.core.prediction.step_time import StepTimeParameters
@@ -212,6 +212,17 @@ def instance(message: instance_pb2.Instance) -> Instance:
         mean_ttft_s=duration_s(message.mean_ttft) if message.HasField("mean_ttft") else None,
         completed_request_count=message.completed_request_count,
         failed_attempt_count=message.failed_attempt_count,
+        drain=_drain(message.drain) if message.HasField("drain") else None,
+    )
+
+
+def _drain(message: instance_pb2.Drain) -> Drain:
+    return Drain(
+        begin_time_s=time_s(message.begin_time),
+        grace_end_time_s=_time_or_none(message, "grace_end_time"),
+        moved_request_count=message.moved_request_count,
+        forced=message.forced,
+        cause=message.cause,
     )
 
 

@@ -22,18 +22,21 @@ class RetryPolicy:
     be wrong stays wrong and is never repeated.
 
     Attributes:
-        max_attempt_count: Tries in all, the first included. A stream counts
-            anew after every piece of output.
+        max_attempt_count: Tries in all, the first included, of a call that asks for something new.
         base_s: Upper bound of the first pause; it doubles with each try.
         max_s: Upper bound of every pause.
         max_pushback_s: A server that asks for a longer pause than this is not
             waited for: the error is raised at once, with ``retry_after_s``.
+        resume_s: How long an open stream that was lost is asked for again: the
+            request runs meanwhile, and the control plane may be restarting.
+            It counts anew after every piece of output. 0: not at all.
     """
 
     max_attempt_count: int = 4
     base_s: float = 0.1
     max_s: float = 5.0
     max_pushback_s: float = 30.0
+    resume_s: float = 30.0
 
     def pause_s(self, attempt: int, error: ClientError, generator: random.Random) -> float | None:
         """Return how long to wait after a failed try, or ``None`` to give up.
@@ -44,9 +47,25 @@ class RetryPolicy:
             generator: For the jitter. The pause is drawn from zero to its bound
                 (full jitter), so that clients that failed together do not come back together.
         """
-        if attempt >= self.max_attempt_count or not is_transient(error):
+        return None if attempt >= self.max_attempt_count else self._pause_s(attempt, error, generator)
+
+    def resume_pause_s(
+        self, attempt: int, lost_s: float, error: ClientError, generator: random.Random
+    ) -> float | None:
+        """Return how long to wait before a lost stream is asked for again, or ``None`` to give up.
+
+        Args:
+            attempt: Number of the try that failed, from 1.
+            lost_s: How long ago the stream was lost.
+            error: As for :meth:`pause_s`.
+            generator: Likewise.
+        """
+        return None if lost_s >= self.resume_s else self._pause_s(attempt, error, generator)
+
+    def _pause_s(self, attempt: int, error: ClientError, generator: random.Random) -> float | None:
+        if not is_transient(error):
             return None
-        bound_s = min(self.max_s, self.base_s * 2.0 ** (attempt - 1))
+        bound_s = min(self.max_s, self.base_s * 2.0 ** min(attempt - 1, 32))
         if error.retry_after_s is None:
             return generator.uniform(0.0, bound_s)
         if error.retry_after_s > self.max_pushback_s:
@@ -55,7 +74,7 @@ class RetryPolicy:
         return error.retry_after_s + generator.uniform(0.0, max(bound_s, error.retry_after_s))
 
 
-NO_RETRY = RetryPolicy(max_attempt_count=1)
+NO_RETRY = RetryPolicy(max_attempt_count=1, resume_s=0.0)
 
 
 def is_transient(error: ClientError) -> bool:
@@ -96,9 +115,11 @@ class RetryBudget:
 class OverloadThrottle:
     """Keeps calls back that an overloaded server would only refuse.
 
-    Counts calls, and those not refused for overload, over a window. When fewer
-    than one in ``multiplier`` gets through, new calls fail here, with a
-    probability that leaves about that many attempts per accepted call.
+    Counts calls, those kept back included, and those accepted, over a window. When
+    fewer than one in ``multiplier`` gets through, new calls fail here with the
+    probability (calls - multiplier * accepted) / (calls + 1), which leaves
+    ``multiplier`` attempts per accepted call ("Handling Overload" in Google's
+    "Site Reliability Engineering").
     """
 
     __slots__ = ("_clock", "_multiplier", "_seconds", "_window_s")
@@ -121,7 +142,7 @@ class OverloadThrottle:
         self._seconds[-1][2] += accepted
 
     def refuse(self, generator: random.Random) -> bool:
-        """Return whether to keep a call back."""
+        """Return whether to keep a call back; then it is counted."""
         if not self._seconds:
             return False
         oldest = self._clock() - self._window_s
@@ -129,4 +150,7 @@ class OverloadThrottle:
         calls = sum(entry[1] for entry in recent)
         excess = calls - self._multiplier * sum(entry[2] for entry in recent)
         # A few refusals are no overload: some calls always pass.
-        return excess > 10 and generator.random() < excess / (calls + 1)
+        if excess <= 10 or generator.random() >= excess / (calls + 1):
+            return False
+        self.note(accepted=False)
+        return True

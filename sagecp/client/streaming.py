@@ -83,6 +83,7 @@ class EventStream:
             ClientError: The request was refused, or is not known.
         """
         failed_attempts = 0
+        lost_at_s = 0.0
         while True:
             starts = self._spec is not None and not self._opened
             if starts:
@@ -104,6 +105,10 @@ class EventStream:
                         return
                     else:
                         first, self._opened = not self._opened, True
+                        if starts:
+                            # Accepted: however the request may end, the server had room for it.
+                            starts = False
+                            self._connection.note_accepted()
                         if kind == "opened":
                             self.request_id = event.opened.request_id
                         if first or kind == "notice":
@@ -117,11 +122,15 @@ class EventStream:
                 error = from_rpc_error(failure, self.request_id)
             finally:
                 call.cancel()
+            now = time.monotonic()
+            if not failed_attempts:
+                lost_at_s = now
             failed_attempts += 1
             self._connection.note_answer(error, admission=starts)
             resumable = self._survive or not self._opened
+            lost_s = now - lost_at_s if self._opened else None
             if not resumable or not await self._connection.pause(
-                self._connection.retry, failed_attempts, error, self._end_s
+                self._connection.retry, failed_attempts, error, self._end_s, lost_s
             ):
                 raise self._lost(error) from None
 

@@ -230,6 +230,25 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """An order that an instance takes no new work, and how far it is. Times are Unix seconds.
+
+    Attributes:
+        begin_time_s: When it was first ordered.
+        grace_end_time_s: When requests that still run there are moved; ``None``: never.
+        moved_request_count: Requests that went on elsewhere.
+        forced: Whether it was ordered even if the rest of the fleet could not carry the load.
+        cause: Why, for the record.
+    """
+
+    begin_time_s: float
+    grace_end_time_s: float | None = None
+    moved_request_count: int = 0
+    forced: bool = False
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
     """An instance as the control plane sees it. Times are Unix seconds; ``None`` is unknown.
 
@@ -239,6 +258,7 @@ class Instance:
         in_flight_request_count: Requests that the control plane has on it.
         gpu_absent_reason: Why there are no GPU readings.
         mean_ttft_s: Mean time to first token of its recent requests.
+        drain: The order that it takes no new work; ``None``: there is none.
     """
 
     spec: ExecutionInstance
@@ -256,6 +276,7 @@ class Instance:
     mean_ttft_s: float | None = None
     completed_request_count: int = 0
     failed_attempt_count: int = 0
+    drain: Drain | None = None
 
     @property
     def instance_id(self) -> str:

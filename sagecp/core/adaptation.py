@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sagecp.core.fleet import Fleet, InstanceRecord
+from sagecp.core.fleet import Fleet
+from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.policies.adaptive import class_weight_name
 from sagecp.core.policies.base import PolicyVerdict
 from sagecp.core.policies.cost_optimized import CostOptimizedPolicy

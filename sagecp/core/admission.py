@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from sagecp.core.dispatcher import OPEN_CANDIDATE_LIMIT, Dispatcher
 from sagecp.core.errors import InfeasibleError
-from sagecp.core.fleet import Fleet, InstanceRecord
+from sagecp.core.fleet import Fleet
+from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.placement import CandidateRow, RequestRow
 from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.prediction.cost import request_cost_usd

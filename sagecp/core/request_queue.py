@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from sagecp.core.errors import QueueFullError
+from sagecp.core.prompt_size import payload_size_bytes
 from sagecp.core.request import RequestRecord
+from sagecp.core.shedding import ClassShares, QueueShares
+from sagecp.core.types import RequestMetadata, RequestPriority
 from sagecp.core.waiting_line import WaitingLine
 
 
@@ -16,44 +18,50 @@ class RequestQueue:
         new_line: Makes the line of a model: what the policy in force orders by.
         max_request_count: Most requests that may wait.
         max_size_bytes: Most prompt bytes that may wait.
+        shares: How much of either each class may fill; default: as configured by default.
 
     Attributes:
         work_s: Predicted engine seconds of all that waits.
     """
 
     def __init__(
-        self, new_line: Callable[[], WaitingLine], max_request_count: int, max_size_bytes: int
+        self,
+        new_line: Callable[[], WaitingLine],
+        max_request_count: int,
+        max_size_bytes: int,
+        shares: ClassShares | None = None,
     ) -> None:
         self._new_line = new_line
         self._lines: dict[str, WaitingLine] = {}
         self.max_request_count = max_request_count
-        self.max_size_bytes = max_size_bytes
-        self.size_bytes = 0
+        self._shares = QueueShares(max_request_count, max_size_bytes, shares or ClassShares())
         self.work_s = 0.0
-        self._count = 0
         self._ticket = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self._shares.request_count
 
-    def check_room(self, size_bytes: int, retry_after_s: float) -> None:
-        """Make sure that a request of this size fits.
+    @property
+    def size_bytes(self) -> int:
+        """Prompt bytes that wait."""
+        return self._shares.size_bytes
+
+    def check_room(self, metadata: RequestMetadata, now: float) -> int:
+        """Make sure that a request may wait, at the least cost that can tell; return its size in bytes.
 
         Raises:
-            QueueFullError: It does not; says which bound, and when to try again.
+            QueueFullError: It may not; says which bound, and when to try again.
         """
-        if self._count >= self.max_request_count:
-            raise QueueFullError(
-                f"the queue holds {self._count} requests, its limit; "
-                f"try again in about {retry_after_s:.1f} s",
-                retry_after_s=retry_after_s,
-            )
-        if self.size_bytes + size_bytes > self.max_size_bytes:
-            raise QueueFullError(
-                f"the queue holds {self.size_bytes} bytes of prompts and its limit is {self.max_size_bytes}; "
-                f"try again in about {retry_after_s:.1f} s",
-                retry_after_s=retry_after_s,
-            )
+        priority, tenant = metadata.priority, metadata.paying_tenant
+        self._shares.check_count(priority, tenant, now)
+        # Only now: a long conversation takes a while to add up.
+        size_bytes = payload_size_bytes(metadata)
+        self._shares.check_bytes(priority, tenant, size_bytes, now)
+        return size_bytes
+
+    def note_departure(self, now: float) -> None:
+        """Note that a place came free, for what refusals say of when to try again."""
+        self._shares.note_departure(now)
 
     def push(self, request: RequestRecord) -> None:
         """Add a request. Bounds are the caller's business: a lost attempt always gets its place back."""
@@ -63,8 +71,8 @@ class RequestQueue:
         self._ticket += 1
         request.queue_ticket = self._ticket
         line.push(request)
-        self._count += 1
-        self.size_bytes += request.size_bytes
+        metadata = request.metadata
+        self._shares.enter(metadata.priority, metadata.paying_tenant, request.size_bytes)
         self.work_s += request.work_s
 
     def remove(self, request: RequestRecord) -> None:
@@ -72,10 +80,10 @@ class RequestQueue:
         request.queue_ticket = 0
         line = self._lines[request.model]
         line.discard(request)
-        self._count -= 1
-        self.size_bytes -= request.size_bytes
+        metadata = request.metadata
+        self._shares.leave(metadata.priority, metadata.paying_tenant, request.size_bytes)
         # Sums of floats drift; an empty queue is exactly empty.
-        self.work_s = self.work_s - request.work_s if self._count else 0.0
+        self.work_s = self.work_s - request.work_s if self._shares.request_count else 0.0
         if not len(line):
             del self._lines[request.model]
 
@@ -98,6 +106,10 @@ class RequestQueue:
     def count_by_model(self) -> dict[str, int]:
         """Return how many requests wait, by model."""
         return {model: len(line) for model, line in self._lines.items()}
+
+    def count_by_priority(self) -> dict[RequestPriority, int]:
+        """Return how many requests wait, by class, but for classes of which none does."""
+        return {priority: count for priority in RequestPriority if (count := self._shares.counts[priority])}
 
     def __iter__(self) -> Iterator[RequestRecord]:
         for line in self._lines.values():

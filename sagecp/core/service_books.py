@@ -163,7 +163,7 @@ class ServiceBooks:
 
 def tenant_of(record: RequestRecord) -> str:
     """Return whose share pays for a request."""
-    return record.metadata.tenant_id or record.metadata.user_id
+    return record.metadata.paying_tenant
 
 
 def lane_key(record: RequestRecord) -> LaneKey:

@@ -25,11 +25,13 @@ from sagecp.rpc.interceptors.call import CallInterceptor, CallObserver
 from sagecp.rpc.interceptors.metrics import RpcMetrics
 from sagecp.rpc.policy_metrics import PolicyCollector
 from sagecp.rpc.prediction_metrics import PredictionCollector
+from sagecp.rpc.reader_watch import ReaderWatch
 from sagecp.rpc.servicers.admin import AdminServicer
 from sagecp.rpc.servicers.fleet import FleetServicer
 from sagecp.rpc.servicers.inference import InferenceServicer
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.runtime.policy_evaluation import PolicyEvaluator
+from sagecp.runtime.store.open_store import make_store
 from sagecp.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -106,11 +108,14 @@ class ControlPlaneServer:
             runtime=config.runtime,
             engine=config.engine,
             policy_evaluator=policy_evaluator,
+            store=make_store(config.journal, split_address(config.listen)[1]),
         )
         self.registry = CollectorRegistry()
         self.port = 0
         self._health = health.aio.HealthServicer()
         self._fleet = FleetServicer(self.manager)
+        self._readers = ReaderWatch(config.runtime.reader_stall_timeout_s, config.runtime.max_unread_bytes)
+        self._watching: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._metrics: tuple[WSGIServer, threading.Thread] | None = None
 
@@ -125,6 +130,7 @@ class ControlPlaneServer:
 
         Raises:
             ListenError: The address is in use or not ours; or the TLS files are not usable.
+        StoreError: The journal cannot be opened, or was damaged.
         """
         observers: list[CallObserver] = [AccessLog(), RpcMetrics(self.registry)]
         self.registry.register(PredictionCollector(self.manager.prediction_accuracy))
@@ -135,7 +141,7 @@ class ControlPlaneServer:
             maximum_concurrent_rpcs=self.config.max_concurrent_rpcs,
         )
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(self.manager), server
+            InferenceServicer(self.manager, self._readers), server
         )
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self.manager), server)
@@ -152,6 +158,7 @@ class ControlPlaneServer:
         await self.manager.start()
         await server.start()
         self._server = server
+        self._watching = asyncio.create_task(self._readers.run(), name="sagecp-readers")
         for name in ("", *SERVICE_NAMES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         logger.info("serving", extra={"address": self.address, "tls": self.config.tls.enabled})
@@ -208,6 +215,9 @@ class ControlPlaneServer:
         self._fleet.close_heartbeats()
         if self._server is not None:
             await self._server.stop(_FLUSH_TIMEOUT_S)
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         if self._metrics is not None:
             server, thread = self._metrics
             await asyncio.to_thread(server.shutdown)

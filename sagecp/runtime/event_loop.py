@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+import gc
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# With the defaults, 5,000 open streams meet a collection of everything every four seconds, which
+# finds next to nothing and takes 0.4 s of CPU while all of them wait. These look at young objects
+# in steps of at most 0.05 s, and at everything every few minutes under such a load.
+_COLLECTOR_THRESHOLDS = (5_000, 20, 50)
+
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, on uvloop where it is installed: a third less CPU per token."""
+    """Run a coroutine to its end, with few long pauses.
+
+    On uvloop where it is installed: a third less CPU per token.
+    """
+    with _patient_collector():
+        try:
+            import uvloop
+        except ImportError:
+            return asyncio.run(main)
+        return uvloop.run(main)
+
+
+@contextlib.contextmanager
+def _patient_collector() -> Iterator[None]:
+    """Have the garbage collector look at many long-lived objects less often."""
+    before = gc.get_threshold()
+    gc.set_threshold(*_COLLECTOR_THRESHOLDS)
     try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
+        yield
+    finally:
+        gc.set_threshold(*before)

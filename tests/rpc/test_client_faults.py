@@ -81,7 +81,8 @@ def fails(
         if reason:
             status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="sagecp"))
         if retry_after_s is not None:
-            delay = Duration(nanos=round(retry_after_s * 1e9))
+            delay = Duration()
+            delay.FromNanoseconds(round(retry_after_s * 1e9))
             status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         full = rpc_status.to_status(status)
         await context.abort(full.code, full.details, full.trailing_metadata)
@@ -194,7 +195,7 @@ async def test_an_outage_uses_up_the_budget() -> None:
 
 
 async def test_an_overloaded_server_is_left_alone() -> None:
-    full = fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    full = fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", 60.0)
     async with scripted(*[full] * 300) as (connected, servicer):
         for _ in range(300):
             with pytest.raises(client.OverloadedError):
@@ -225,14 +226,60 @@ async def test_progress_renews_the_attempts() -> None:
 
 
 async def test_without_progress_the_stream_is_given_up_with_its_position() -> None:
-    steps = (sends(chunk(0, "ab", 2), then=LOST), *[LOST] * 9)
-    async with scripted(*steps) as (connected, servicer):
+    steps = (sends(chunk(0, "ab", 2), then=LOST), *[LOST] * 2000)
+    async with scripted(*steps, retry=RetryPolicy(base_s=0.001, max_s=0.01, resume_s=0.3)) as (
+        connected,
+        servicer,
+    ):
         stream = connected.stream("r")
         with pytest.raises(client.StreamLostError) as caught:
             await read(stream)
     assert caught.value.next_token_index == 2
     assert caught.value.request_id == "r"
-    assert len(servicer.asked) == FAST.max_attempt_count
+    assert len(servicer.asked) > FAST.max_attempt_count
+    assert {request.from_token_index for request in servicer.asked[1:]} == {2}
+
+
+async def test_streams_that_an_outage_breaks_are_all_resumed_whatever_the_budget() -> None:
+    count = 30
+    steps = [sends(chunk(0, "a"), then=LOST)] * count
+    steps += [LOST] * count
+    steps += [sends(chunk(1, "b"), terminal(2))] * count
+    async with scripted(*steps) as (connected, _):
+        connected.connection._budget = RetryBudget(capacity=0)
+        streams = [connected.stream("r") for _ in range(count)]
+        opened = [await anext(stream) for stream in streams]
+        texts = await asyncio.gather(*(read(stream) for stream in streams))
+    assert [chunk.text for chunk in opened] == ["a"] * count
+    assert texts == ["b"] * count
+
+
+async def test_without_retries_a_lost_stream_is_not_resumed() -> None:
+    async with scripted(sends(chunk(0, "a"), then=LOST), retry=NO_RETRY) as (connected, servicer):
+        with pytest.raises(client.StreamLostError):
+            await read(connected.stream("r"))
+    assert len(servicer.asked) == 1
+
+
+async def test_a_request_that_runs_long_counts_as_accepted_from_its_start() -> None:
+    full = fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", 60.0)
+    async with scripted(*[sends(chunk(0, "a"), chunk(1, "b"))] * 40, *[full] * 40) as (connected, servicer):
+        streams = [connected.generate("hello") for _ in range(40)]
+        for stream in streams:
+            await anext(stream)
+        for _ in range(40):
+            with pytest.raises(client.OverloadedError, match="as scripted"):
+                await connected.submit("hello")
+    assert len(servicer.asked) == 80, "half gets through: nothing is kept back"
+
+
+async def test_what_only_this_request_cannot_have_is_no_overload() -> None:
+    hopeless = fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "INFEASIBLE")
+    async with scripted(*[hopeless] * 100) as (connected, servicer):
+        for _ in range(100):
+            with pytest.raises(client.OverloadedError, match="as scripted"):
+                await connected.submit("hello")
+    assert len(servicer.asked) == 100
 
 
 async def test_a_stream_that_just_ends_is_lost() -> None:

@@ -515,7 +515,9 @@ async def test_a_lost_attempt_is_shown_and_explained(rig: Rig) -> None:
     (second,) = engines
     (await engines[second].next_call()).answer("x")
     messages = await remaining(generate)
-    assert messages[0].chunk.epoch == 2
+    assert messages[0].notice.failover.epoch == 2
+    assert messages[0].notice.failover.failure.message == f"instance {first}: broken"
+    assert messages[1].chunk.epoch == 2
     assert messages[-1].terminal.instance_id == second
     response = await rig.inference.ExplainRequest(pb.ExplainRequestRequest(request_id="r"))
     assert [(d.epoch, d.instance_id) for d in response.decisions] == [(1, first), (2, second)]

@@ -105,7 +105,7 @@ async def test_prompts_that_wait_are_bounded_in_bytes() -> None:
     async with running_rig(scheduler=SchedulerConfig(max_queued_bytes=10_000)) as rig:
         await rig.add_engine(limit=1)
         await rig.submit("running")
-        await rig.submit("waiting", "x" * 9_000)
+        await rig.submit("waiting", "x" * 8_000)
         error = await failure_of(
             rig.inference.Submit(pb.SubmitRequest(spec=request_spec("more", "x" * 2_000)))
         )

@@ -87,6 +87,7 @@ async def test_what_does_not_finish_in_time_is_told_why(rig: Rig) -> None:
         output = await read_all(stream)
         assert output.terminal.state == request_pb2.REQUEST_STATE_FAILED
         assert output.terminal.failure.reason == error_pb2.ERROR_REASON_SHUTTING_DOWN
+        assert [notice.WhichOneof("kind") for notice in output.notices] == ["draining"]
         assert output.error is not None
         assert output.error.code() is Code.UNAVAILABLE
         assert reason_of(output.error) == "SHUTTING_DOWN"

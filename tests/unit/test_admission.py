@@ -233,7 +233,7 @@ def test_an_instance_of_unknown_speed_refuses_nobody(fields: dict[str, Any]) -> 
     )
 
 
-@pytest.mark.parametrize("event", [None, ev.DrainRequested("i0")])
+@pytest.mark.parametrize("event", [None, ev.DrainRequested("i0", force=True)])
 def test_nobody_is_refused_for_want_of_a_ready_instance(event: ev.Event | None) -> None:
     world = World()
     if event is None:

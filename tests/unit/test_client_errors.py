@@ -29,6 +29,7 @@ def travelled(error: SageError) -> grpc.aio.AioRpcError:
         (core_errors.RequestNotFoundError("r"), client.NotFoundError),
         (core_errors.RequestIdConflictError("r"), client.ConflictError),
         (core_errors.StaleIncarnationError("i", 1, 2), client.ConflictError),
+        (core_errors.DrainRefusedError("i", ["nobody else is READY"]), client.ConflictError),
         (core_errors.QueueFullError("full", retry_after_s=1.5), client.OverloadedError),
         (core_errors.ShuttingDownError("bye"), client.UnavailableError),
         (core_errors.NotImplementedYetError("later"), client.UnsupportedError),

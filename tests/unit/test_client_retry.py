@@ -76,10 +76,40 @@ def test_the_throttle_keeps_calls_back_only_under_overload() -> None:
         throttle.note(accepted=False)
     refused = sum(throttle.refuse(generator) for _ in range(1000))
     assert refused > 950, "nearly everything is kept back when nothing gets through"
-    for _ in range(100):
-        throttle.note(accepted=True)
-    assert not any(throttle.refuse(generator) for _ in range(1000)), "half gets through again"
-    for _ in range(200):
-        throttle.note(accepted=False)
     now[0] = 131.0
     assert not throttle.refuse(generator), "what is older than the window is forgotten"
+    for _ in range(100):
+        throttle.note(accepted=True)
+        throttle.note(accepted=False)
+    assert not any(throttle.refuse(generator) for _ in range(1000)), "half gets through"
+
+
+@pytest.mark.parametrize("overload", [4, 10, 100])
+def test_about_two_attempts_per_accepted_call_are_left(overload: int) -> None:
+    """The server takes one call per second in `overload` that are wanted."""
+    now = [0.0]
+    throttle, generator = OverloadThrottle(clock=lambda: now[0]), random.Random(3)
+    sent = taken = 0
+    for second in range(300):
+        now[0] = float(second)
+        accepted = 0
+        for _ in range(10 * overload):
+            if throttle.refuse(generator):
+                continue
+            sent += second >= 60
+            throttle.note(accepted=accepted < 10)
+            taken += second >= 60 and accepted < 10
+            accepted += 1
+    assert taken == 10 * 240, "what the server can take it gets"
+    assert sent / taken == pytest.approx(2.0, rel=0.15)
+
+
+def test_resuming_is_bounded_by_time_instead_of_tries() -> None:
+    policy, generator = RetryPolicy(resume_s=30.0, max_s=5.0), random.Random(1)
+    lost = failure("UNAVAILABLE")
+    assert policy.pause_s(policy.max_attempt_count, lost, generator) is None
+    pauses = [policy.resume_pause_s(attempt, 29.9, lost, generator) for attempt in range(1, 2000)]
+    assert all(pause_s is not None and pause_s <= 5.0 for pause_s in pauses)
+    assert policy.resume_pause_s(1, 30.0, lost, generator) is None
+    assert policy.resume_pause_s(1, 0.0, failure("NOT_FOUND"), generator) is None
+    assert NO_RETRY.resume_pause_s(1, 0.0, lost, generator) is None

@@ -11,6 +11,7 @@ import pytest
 from sagecp.config import (
     ConfigError,
     EngineConfig,
+    JournalConfig,
     RuntimeConfig,
     ServerConfig,
     TlsConfig,
@@ -192,7 +193,7 @@ def test_every_unknown_or_mistyped_setting_is_named_at_once(tmp_path: Path) -> N
         "runtime.nonsense",
         "scheduler.seed",
     }
-    assert "known here: engine, insecure_listen, listen" in found["listne"]
+    assert "known here: engine, insecure_listen, journal, listen" in found["listne"]
     assert "must be int, and is str 'many'" in found["max_connections"]
     assert "table [engine]" in found["engine"]
 
@@ -211,12 +212,37 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
     assert list(bad_settings(caught.value)) == [str(path)]
 
 
+def test_shares_of_the_queue_are_read_and_must_grow_with_importance(tmp_path: Path) -> None:
+    path = write(tmp_path, "[scheduler.queue_shares]\nlow = 0.95\nbackground = 0\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path).validate()
+    found = bad_settings(caught.value)
+    assert found.keys() == {"scheduler.queue_shares.low", "scheduler.queue_shares.background"}
+    assert "more than the 0.8 of normal" in found["scheduler.queue_shares.low"]
+
+
+def test_settings_of_the_journal_that_do_not_go_together_are_named(tmp_path: Path) -> None:
+    config = ServerConfig(
+        max_message_bytes=5000,
+        journal=JournalConfig(
+            path=str(tmp_path), retention_s=10.0, output_retention_s=11.0, max_pending_bytes=4999
+        ),
+    )
+    with pytest.raises(ConfigError) as caught:
+        config.validate()
+    found = bad_settings(caught.value)
+    assert found.keys() == {"journal.path", "journal.output_retention_s", "journal.max_pending_bytes"}
+    assert "name a file in it" in found["journal.path"]
+    assert "max_message_bytes (5000)" in found["journal.max_pending_bytes"]
+
+
 def numeric_settings() -> list[tuple[str, str]]:
     sections: dict[str, Any] = {
         "": ServerConfig(),
         "runtime": RuntimeConfig(),
         "engine": EngineConfig(),
         "scheduler": SchedulerConfig(),
+        "journal": JournalConfig(),
     }
     return [
         (section, field.name)
@@ -250,6 +276,9 @@ def test_zero_is_for_settings_where_it_means_something(section: str, name: str) 
         "seed",
         "retained_request_count",
         "retained_bytes",
+        "output_retention_s",
+        "max_output_bytes",
+        "ballast_bytes",
     }
     config = with_setting(section, name, 0)
     if zero_is_fine:

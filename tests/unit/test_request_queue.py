@@ -13,7 +13,7 @@ from sagecp.core.errors import ErrorReason, QueueFullError
 from sagecp.core.request import RequestRecord
 from sagecp.core.request_queue import RequestQueue
 from sagecp.core.slo_line import SloLine
-from sagecp.core.types import RequestPriority
+from sagecp.core.types import RequestMetadata, RequestPriority
 from sagecp.core.waiting_line import KeyedLine, WaitingLine
 from tests.support.core_world import make_record
 
@@ -218,8 +218,18 @@ def test_the_hopeless_stay_so_in_another_order_and_back() -> None:
 @pytest.mark.parametrize(
     ("max_request_count", "max_size_bytes", "size_bytes", "message"),
     [
-        (2, 1000, 0, "the queue holds 2 requests, its limit; try again in about 1.5 s"),
-        (3, 100, 81, "the queue holds 20 bytes of prompts and its limit is 100; try again in about 1.5 s"),
+        (
+            2,
+            1000,
+            0,
+            "the queue holds 2 requests, and 2 is the limit for CRITICAL",
+        ),
+        (
+            3,
+            100,
+            81,
+            "the queue holds 20 bytes of prompts, and 100 is the limit for CRITICAL; 81 more do not fit",
+        ),
     ],
 )
 def test_a_full_queue_says_which_bound_and_when_to_come_back(
@@ -229,16 +239,20 @@ def test_a_full_queue_says_which_bound_and_when_to_come_back(
     for number in range(2):
         queue.push(make_record(f"r{number}", prompt="x" * 10))
     with pytest.raises(QueueFullError) as caught:
-        queue.check_room(size_bytes, retry_after_s=1.5)
-    assert str(caught.value) == message
+        queue.check_room(critical("x" * size_bytes), 0.0)
+    assert str(caught.value) == f"{message}; try again in about 1.0 s"
     assert caught.value.reason is ErrorReason.QUEUE_FULL
-    assert caught.value.retry_after_s == 1.5
+    assert caught.value.retry_after_s == 1.0
 
 
 def test_the_bounds_themselves_may_be_reached() -> None:
     queue = make_queue(max_request_count=2, max_size_bytes=100)
     queue.push(make_record("r1", prompt="x" * 20))
-    queue.check_room(80, retry_after_s=1.0)
+    assert queue.check_room(critical("x" * 80), 0.0) == 80
+
+
+def critical(prompt: str) -> RequestMetadata:
+    return RequestMetadata(prompt=prompt, priority=RequestPriority.CRITICAL)
 
 
 def test_a_request_that_comes_back_needs_no_room() -> None:

@@ -12,13 +12,19 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from sagecp.core.errors import FieldViolation, InvalidRequestError, RequestFailedError, SageError
+from sagecp.core.errors import (
+    FieldViolation,
+    InvalidRequestError,
+    ReaderStalledError,
+    RequestFailedError,
+    SageError,
+)
 from sagecp.rpc.errors import status_code_of, to_status
 
 logger = logging.getLogger(__name__)
@@ -26,6 +32,7 @@ logger = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "x-request-id"
 _MAX_REQUEST_ID_LENGTH = 128
 _OUR_PREFIX = "/sagecp."
+_UNREAD_ABORT_S = 0.5
 
 
 class CallInfo:
@@ -113,6 +120,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except asyncio.CancelledError:
                 info.code = grpc.StatusCode.CANCELLED
                 raise
+            except grpc.aio.InternalError:
+                # What was being sent cannot be: the caller left while it waited to be read.
+                info.code = grpc.StatusCode.CANCELLED
+                raise asyncio.CancelledError from None
             except SageError as error:
                 info.code, info.reason = status_code_of(error.reason), error.reason.name
                 await _abort(context, error, info.rpc_id)
@@ -174,4 +185,21 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SageError, 
         error.metadata.setdefault("scope", "request")
     status = rpc_status.to_status(to_status(error, rpc_id))
     trailing = (*status.trailing_metadata, (REQUEST_ID_HEADER, rpc_id))
+    if isinstance(error, ReaderStalledError):
+        await _abort_unread(context, status.code, status.details, trailing)
     await context.abort(status.code, status.details, trailing)
+
+
+async def _abort_unread(
+    context: grpc.aio.ServicerContext[Any, Any],
+    code: grpc.StatusCode,
+    details: str,
+    trailing: tuple[tuple[str, str | bytes], ...],
+) -> NoReturn:
+    """End a call whose reader does not read: the status waits behind what is unread, this call does not."""
+    try:
+        async with asyncio.timeout(_UNREAD_ABORT_S):
+            await context.abort(code, details, trailing)
+    except TimeoutError:
+        # The status is on its way, and grpc sends it once the reader reads.
+        raise asyncio.CancelledError from None

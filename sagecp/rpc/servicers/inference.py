@@ -11,9 +11,10 @@ from sagecp.core.types import RequestState
 from sagecp.rpc.convert.common import check_enum
 from sagecp.rpc.convert.request import request_from_proto, request_to_proto
 from sagecp.rpc.convert.scheduling import decision_to_proto
+from sagecp.rpc.reader_watch import ReaderWatch
 from sagecp.rpc.servicers.paging import not_our_token, page_size, page_token, position_of
 from sagecp.rpc.servicers.relay import relay_output
-from sagecp.runtime.manager import ControlPlaneManager
+from sagecp.runtime.manager import SUBMIT_POSITION_QUEUE_LIMIT, ControlPlaneManager
 from sagecp.runtime.requests import RequestHandle
 from sagecp.v1 import inference_service_pb2 as pb
 from sagecp.v1 import inference_service_pb2_grpc, request_pb2
@@ -31,21 +32,25 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     be wrapped without a price per message.
     """
 
-    def __init__(self, manager: ControlPlaneManager) -> None:
+    def __init__(self, manager: ControlPlaneManager, watch: ReaderWatch) -> None:
         self._manager = manager
+        self._watch = watch
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
         """Accept a request."""
         metadata = request_from_proto(request.spec, DEFAULT_TENANT)
-        handle, created = self._manager.accept(metadata, checked=True)
-        return pb.SubmitResponse(request=request_to_proto(self._manager.status_of(handle)), created=created)
+        handle, created = await self._manager.accept(metadata, durable=True, checked=True)
+        status = self._manager.status_of(handle, SUBMIT_POSITION_QUEUE_LIMIT)
+        return pb.SubmitResponse(request=request_to_proto(status), created=created)
 
     async def Stream(self, request: pb.StreamRequest, context: Context) -> None:  # type: ignore[override]
         """Send the output of a request from an index on."""
-        handle = self._handle(request.request_id)
+        handle = await self._handle(request.request_id)
         ended = False
         try:
-            await relay_output(self._manager, handle, request.from_token_index, context, pb.StreamResponse)
+            await relay_output(
+                self._manager, handle, self._watch, request.from_token_index, context, pb.StreamResponse
+            )
             ended = True
         finally:
             if request.cancel_on_disconnect and not ended:
@@ -54,10 +59,10 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Accept a request and send its output."""
         metadata = request_from_proto(request.spec, DEFAULT_TENANT)
-        handle, created = self._manager.accept(metadata, checked=True)
+        handle, created = await self._manager.accept(metadata, durable=False, checked=True)
         ended = False
         try:
-            await relay_output(self._manager, handle, 0, context, pb.GenerateResponse)
+            await relay_output(self._manager, handle, self._watch, 0, context, pb.GenerateResponse)
             ended = True
         finally:
             # Only the call that started a request may end it by leaving.
@@ -70,7 +75,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
 
     async def GetRequest(self, request: pb.GetRequestRequest, context: Context) -> pb.GetRequestResponse:
         """Return what is known of a request."""
-        handle = self._handle(request.request_id)
+        handle = await self._handle(request.request_id)
         return pb.GetRequestResponse(request=request_to_proto(self._manager.status_of(handle)))
 
     async def ListRequests(
@@ -112,7 +117,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self, request: pb.CancelRequestRequest, context: Context
     ) -> pb.CancelRequestResponse:
         """Stop a request."""
-        handle = self._handle(request.request_id)
+        handle = await self._handle(request.request_id)
         status, cancelled = await self._manager.cancel_request(handle.request_id, request.cause[:256])
         return pb.CancelRequestResponse(request=request_to_proto(status), cancelled=cancelled)
 
@@ -120,7 +125,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         self, request: pb.ExplainRequestRequest, context: Context
     ) -> pb.ExplainRequestResponse:
         """Return the receipts of a request's dispatches."""
-        handle = self._handle(request.request_id)
+        handle = await self._handle(request.request_id)
         manager = self._manager
         return pb.ExplainRequestResponse(
             request=request_to_proto(manager.status_of(handle)),
@@ -136,10 +141,10 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
             "Session is not implemented by this version; use Submit, Stream and Generate"
         )
 
-    def _handle(self, request_id: str) -> RequestHandle:
+    async def _handle(self, request_id: str) -> RequestHandle:
         if not request_id:
             raise InvalidRequestError([FieldViolation("request_id", "is empty; name the request")])
-        return self._manager.requests.get(request_id)
+        return await self._manager.find_request(DEFAULT_TENANT, request_id)
 
 
 def _sequence_of(token: str, violations: list[FieldViolation]) -> int:
