@@ -54,9 +54,7 @@ def free_port() -> int:
 def control_plane(*flags: str) -> Iterator[Measured]:
     """Run `sagecp serve` on a free port until the context ends; without a journal, unless told one."""
     listen = f"127.0.0.1:{(port := free_port())}"
-    with _running(
-        "serve", "--listen", listen, "--log-level", "warning", "--journal", "off", *flags
-    ) as p:
+    with _running("serve", "--listen", listen, "--log-level", "warning", "--journal", "off", *flags) as p:
         _wait_for_port(p, port)
         yield Measured(p, f"127.0.0.1:{port}")
 

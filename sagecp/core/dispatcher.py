@@ -9,7 +9,8 @@ import random
 from collections.abc import Callable, Mapping
 
 from sagecp.core.choice import Choice, choose
-from sagecp.core.fleet import Fleet, InstanceRecord
+from sagecp.core.fleet import Fleet
+from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
 from sagecp.core.policies.base import PolicyContext, PolicyVerdict, SchedulingPolicy
 from sagecp.core.policies.registry import SCHEDULING_POLICIES

@@ -46,6 +46,30 @@ class AbortAttempt:
 
 
 @dataclass(frozen=True, slots=True)
+class InterruptAttempt:
+    """Stop the engine's work for an attempt, so that the request goes on elsewhere.
+
+    Answered with :class:`~sagecp.core.events.AttemptFailed`, unless the attempt is over already.
+
+    Attributes:
+        request_id: The request.
+        epoch: The attempt.
+        instance_id: Where it runs.
+        failure: Why.
+        must_stop: Stop it even if the request cannot go on elsewhere and fails by it.
+            Otherwise such an attempt is left alone.
+        counts: Whether it is one of the attempts that a request may lose.
+    """
+
+    request_id: str
+    epoch: int
+    instance_id: str
+    failure: Failure
+    must_stop: bool
+    counts: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRequeued:
     """An attempt was lost; the request waits for another."""
 
@@ -81,6 +105,24 @@ class InstanceRemoved:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeEngine:
+    """Ask the engine for one token, and answer with :class:`~sagecp.core.events.EngineProbed`.
+
+    A hung engine says that it is well; only work shows that it works.
+    """
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailStaticChanged:
+    """Most leases ended together, and instances stay where they are; or that is over."""
+
+    active: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class SettingsChanged:
     """New settings are in force."""
 
@@ -111,10 +153,13 @@ Effect = (
     | RequestRejected
     | DispatchAttempt
     | AbortAttempt
+    | InterruptAttempt
     | RequestRequeued
     | RequestEnded
     | InstanceChanged
     | InstanceRemoved
+    | ProbeEngine
+    | FailStaticChanged
     | SettingsChanged
     | EvaluatePolicies
     | PolicySwitched

@@ -18,6 +18,44 @@ class RequestArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoredRequest:
+    """A request that was accepted before a restart.
+
+    Attributes:
+        metadata: What was asked.
+        model: Served name that it waits for.
+        arrival_s: When it arrived, on the core's clock: earlier than the clock's start, maybe.
+        size_bytes: What it counts in the queue's byte bound.
+        epoch: Number of its last attempt; 0: there was none.
+        lost_instance_ids: Instances that lost an attempt of it.
+        lost_attempt_count: Attempts lost, but for those that were moved on purpose.
+        engine_kill_count: Engines that died of it, as far as could be told.
+        has_output: Whether any attempt produced output.
+        output_token_count: Tokens that exist.
+        cannot_continue: Why another attempt could not go on after those; ``""``: it can.
+    """
+
+    metadata: RequestMetadata
+    model: str
+    arrival_s: float
+    size_bytes: int
+    epoch: int = 0
+    lost_instance_ids: tuple[str, ...] = ()
+    lost_attempt_count: int = 0
+    engine_kill_count: int = 0
+    has_output: bool = False
+    output_token_count: int = 0
+    cannot_continue: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestsRestored:
+    """Requests are there again after a restart, oldest first. None is refused."""
+
+    requests: tuple[RestoredRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RequestCancelled:
     """Somebody who may wants the request stopped."""
 
@@ -66,6 +104,11 @@ class AttemptFailed:
         retryable: Another attempt, elsewhere, could succeed.
         engine_down: There is proof that the engine does not answer at all.
         counts_against_engine: A 4xx never does.
+        output_token_count: Tokens of the request that exist by now, over all attempts.
+        cannot_continue: Why another attempt could not go on after those; ``""``: it can.
+        engine_died: The engine worked on the attempt when it died.
+        counts: Whether it is one of the attempts that a request may lose: one that
+            was moved on purpose is not.
     """
 
     request_id: str
@@ -74,6 +117,10 @@ class AttemptFailed:
     retryable: bool
     engine_down: bool = False
     counts_against_engine: bool = True
+    output_token_count: int = 0
+    cannot_continue: str = ""
+    engine_died: bool = False
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +135,15 @@ class InstanceRegistered:
     instance: ExecutionInstance
     incarnation: int = 0
     condition: EngineCondition = EngineCondition.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRestored:
+    """An instance that was registered before a restart: its agent, if it has one, must come back."""
+
+    instance: ExecutionInstance
+    incarnation: int = 0
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +178,45 @@ class HealthProbed:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineSilent:
+    """No attempt on an instance has produced output for a while."""
+
+    instance_id: str
+    silent_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProbed:
+    """The engine was asked for one token, as :class:`~sagecp.core.effects.ProbeEngine` wanted.
+
+    Attributes:
+        answered: It gave one in time.
+        detail: Otherwise, what went wrong.
+    """
+
+    instance_id: str
+    answered: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """An operator wants no new work on an instance, or wants that undone."""
+    """An operator wants no new work on an instance, or wants that undone.
+
+    Attributes:
+        undo: Take work again; the rest but the incarnation says nothing then.
+        incarnation: Which one is meant; 0: whichever is registered.
+        grace_s: After this time, what still runs there is moved; ``None``: never.
+        force: Even if the rest of the fleet could not carry the load.
+        cause: Why, for the record.
+    """
 
     instance_id: str
     undo: bool = False
+    incarnation: int = 0
+    grace_s: float | None = None
+    force: bool = False
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,23 +235,39 @@ class PoliciesEvaluated:
 
 
 @dataclass(frozen=True, slots=True)
+class ClockSkipped:
+    """The control plane itself stood still: nobody could be heard meanwhile.
+
+    Attributes:
+        gap_s: For how long.
+    """
+
+    gap_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ClockAdvanced:
     """Time passed: deadlines and leases are looked at."""
 
 
 Event = (
     RequestArrived
+    | RequestsRestored
     | RequestCancelled
     | RequestAborted
     | AttemptProgressed
     | AttemptSucceeded
     | AttemptFailed
     | InstanceRegistered
+    | InstanceRestored
     | InstanceDeregistered
     | HeartbeatReceived
     | HealthProbed
+    | EngineSilent
+    | EngineProbed
     | DrainRequested
     | SchedulingConfigured
     | PoliciesEvaluated
+    | ClockSkipped
     | ClockAdvanced
 )

@@ -7,12 +7,18 @@ import heapq
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
-from sagecp.core.errors import IllegalTransitionError
-from sagecp.core.fleet import Fleet, InstanceRecord
+from sagecp.core.drain_order import DrainOrder
+from sagecp.core.fail_static import FailStatic
+from sagecp.core.fleet import Fleet
+from sagecp.core.health_book import HealthBook
+from sagecp.core.instance_health import HoldDown
+from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.prefix_index import PrefixIndex
 from sagecp.core.prompt_digest import BLOCK_TOKEN_COUNT as DIGEST_BLOCK_TOKENS
 from sagecp.core.types import EngineCondition, EngineGauges, InstanceState
 
+DISPROOF_S = 1.0
+"""A call that found nobody is disproved by a probe that finds somebody within this time."""
 # Cached tokens to expect of an engine that does not say how many fit.
 UNKNOWN_CAPACITY_TOKENS = 100_000
 
@@ -34,31 +40,59 @@ class InstanceLifecycle:
     Args:
         fleet: The instances.
         prefixes: What is forgotten of an instance that restarts.
-        config: Lease and retention times.
+        config: Lease, retention and hold-down times.
+
+    Attributes:
+        health: Which instances are out although their engines say that they are well.
     """
 
     def __init__(self, fleet: Fleet, prefixes: PrefixIndex, config: SchedulerConfig) -> None:
         self._fleet = fleet
         self._prefixes = prefixes
         self._config = config
+        self.health = HealthBook(fleet, config.health, self._bar, self._settle)
+        self._fail_static = FailStatic(fleet, config.health, config.lease_duration_s)
         # (time, instance id): when a LOST instance is forgotten.
         self._forgets: list[tuple[float, str]] = []
+        # By instance id, the last to fall last. Outlasts registrations: to leave and come back is a fall.
+        self._hold_downs: dict[str, HoldDown] = {}
+        # (time, instance id): when those that are held back may return.
+        self._returns: list[tuple[float, str]] = []
 
     def on_registered(self, event: ev.InstanceRegistered, now: float, effects: list[fx.Effect]) -> None:
         """An instance joins, or a newer incarnation replaces an older one."""
+        previous = self._fleet.find(event.instance.instance_id)
+        if previous is not None and not self._was_restarted(previous, event.incarnation, now):
+            previous = None
         record = self._fleet.add(event.instance, event.incarnation, now)
+        if previous is not None:
+            self._note_fall(record.instance_id, now)
+        record.health.forget_progress(now)
+        self.health.probe_soon(record, now)
         # A new registration may mean a new engine: its cache is taken for empty.
         self._prefixes.remove_instance(record.instance_id)
         capacity = event.instance.key_value_token_capacity or UNKNOWN_CAPACITY_TOKENS
         self._prefixes.add_instance(record.instance_id, capacity // DIGEST_BLOCK_TOKENS)
-        effects.append(fx.InstanceChanged(record.instance_id, record.state, None, "registered"))
+        # An agent in a restart loop would have the same written down many times a second.
+        if previous is None or previous.state is not record.state or previous.spec != record.spec:
+            effects.append(fx.InstanceChanged(record.instance_id, record.state, None, "registered"))
         if event.incarnation:
             self._fleet.extend_lease(record, now + self._config.lease_duration_s)
-        self._follow_condition(record, event.condition, "", effects)
+        self._follow_condition(record, event.condition, "", now, effects)
+
+    def on_restored(self, event: ev.InstanceRestored, now: float, effects: list[fx.Effect]) -> None:
+        """An instance that was registered before a restart is there again, and must show that it lives."""
+        self.on_registered(ev.InstanceRegistered(event.instance, event.incarnation), now, effects)
+        record = self._fleet.get(event.instance.instance_id)
+        if event.draining:
+            record.drain = DrainOrder(now)
+            self._drain(record, "the drain goes on", effects)
 
     def on_deregistered(self, event: ev.InstanceDeregistered, now: float, effects: list[fx.Effect]) -> None:
         """An instance leaves."""
         record = self._fleet.get(event.instance_id, event.incarnation)
+        if record.incarnation and record.state is InstanceState.READY:
+            self._note_fall(record.instance_id, now)
         self._remove(record)
         effects.append(fx.InstanceRemoved(event.instance_id, event.cause or "deregistered"))
 
@@ -75,61 +109,75 @@ class InstanceLifecycle:
             self._prefixes.remove_instance(record.instance_id)
             capacity = record.spec.key_value_token_capacity or UNKNOWN_CAPACITY_TOKENS
             self._prefixes.add_instance(record.instance_id, capacity // DIGEST_BLOCK_TOKENS)
+            record.health.forget_progress(now)
+            self.health.probe_soon(record, now)
         record.follow_gauges(event.gauges)
         self._fleet.settle(record)
         self._fleet.extend_lease(record, now + self._config.lease_duration_s)
-        self._follow_condition(record, event.condition, event.condition_reason, effects)
+        record.keeps_state = False
+        self._follow_condition(record, event.condition, event.condition_reason, now, effects)
+        self.health.note_gauges(record, event.gauges, now, effects)
+        self._fail_static.check(now, effects)
 
     def on_health_probed(self, event: ev.HealthProbed, now: float, effects: list[fx.Effect]) -> None:
         """The control plane asked an engine itself."""
         record = self._fleet.find(event.instance_id)
         if record is not None:
-            record.unreachable = event.condition is EngineCondition.UNHEALTHY
+            is_unreachable = event.condition is EngineCondition.UNHEALTHY
+            if record.unreachable and not is_unreachable:
+                self._take_fall_back(record, now)
+            record.unreachable = is_unreachable
             if record.incarnation and record.state is InstanceState.LOST:
                 return  # Its agent must come back first: without a lease nobody would notice its end.
-            self._follow_condition(record, event.condition, event.condition_reason, effects)
+            if record.keeps_state and record.unreachable and record.lease_expire_s is None:
+                # It is LOST unless it answers, or its agent is back, within the time of a lease.
+                self._fleet.extend_lease(record, now + self._config.lease_duration_s)
+            self._follow_condition(record, event.condition, event.condition_reason, now, effects)
 
-    def on_drain_requested(self, event: ev.DrainRequested, now: float, effects: list[fx.Effect]) -> None:
-        """An operator wants no new work on an instance, or wants that undone."""
-        record = self._fleet.get(event.instance_id)
-        if not event.undo:
-            record.drain = True
-            # A LOST instance starts to drain when its agent is back.
-            if record.state is not InstanceState.LOST:
-                self._drain(record, "drain requested", effects)
+    def on_clock_skipped(self, event: ev.ClockSkipped, now: float, effects: list[fx.Effect]) -> None:
+        """The control plane stood still: no lease ends for beats that it could not hear."""
+        for record in self._fleet:
+            if record.lease_expire_s is not None:
+                self._fleet.extend_lease(record, record.lease_expire_s + event.gap_s)
+            record.health.skip(event.gap_s)
+
+    def start_drain(self, record: InstanceRecord, reason: str, effects: list[fx.Effect]) -> None:
+        """Carry the order to drain an instance out; a LOST one starts when its agent is back."""
+        if record.state is InstanceState.DRAINING:
+            record.state_reason = reason
+        elif record.state is not InstanceState.LOST:
+            self._drain(record, reason, effects)
+
+    def end_drain(self, record: InstanceRecord, now: float, effects: list[fx.Effect]) -> None:
+        """Lead an instance whose drain was undone to where its engine's condition would have led."""
+        if record.state is InstanceState.LOST:
             return
-        if not record.drain:
-            raise IllegalTransitionError(
-                f"instance {event.instance_id!r}", record.machine.history, InstanceState.READY
-            )
-        record.drain = False
-        if record.state is not InstanceState.LOST:
-            if record.unreachable or record.condition is EngineCondition.UNHEALTHY:
-                target = InstanceState.UNHEALTHY
-            elif record.condition is EngineCondition.HEALTHY:
-                target = InstanceState.READY
-            else:
-                target = InstanceState.STARTING
-            self._move(record, target, "drain undone", effects)
+        why = "drain undone"
+        if record.unreachable or record.condition is EngineCondition.UNHEALTHY:
+            target = InstanceState.UNHEALTHY
+        elif record.condition is EngineCondition.HEALTHY:
+            target, unfit = self._target_of_well(record, now)
+            why = why if target is InstanceState.READY else unfit
+        else:
+            target = InstanceState.STARTING
+        self._move(record, target, why, now, effects)
 
-    def on_unreachable(self, record: InstanceRecord, reason: str, effects: list[fx.Effect]) -> None:
+    def on_unreachable(
+        self, record: InstanceRecord, reason: str, now: float, effects: list[fx.Effect]
+    ) -> None:
         """Take an instance that a call could not reach out of the rotation, until a probe reaches it."""
         if record.state is InstanceState.READY:
             record.unreachable = True
-            self._move(record, InstanceState.UNHEALTHY, reason, effects)
+            self._move(record, InstanceState.UNHEALTHY, reason, now, effects)
+            self._hold_downs[record.instance_id].doubtful = True
 
     def advance(self, now: float, effects: list[fx.Effect]) -> None:
-        """End the leases whose time has come, and forget instances that stayed lost."""
-        for instance in self._fleet.pop_expired(now):
-            if instance.state is not InstanceState.LOST:
-                self._move(
-                    instance,
-                    InstanceState.LOST,
-                    f"no heartbeat for {self._config.lease_duration_s:g} s",
-                    effects,
-                )
-            instance.forget_s = now + self._config.lost_retention_s
-            heapq.heappush(self._forgets, (instance.forget_s, instance.instance_id))
+        """End leases, outages and hold-downs whose time has come, and forget instances that stayed lost."""
+        lost_records = self._fail_static.keep(self._fleet.pop_expired(now), now, effects)
+        for record in lost_records:
+            self._lose(record, now, effects)
+        if lost_records:
+            self._fail_static.check(now, effects, at_once=True)
         while self._forgets and self._forgets[0][0] <= now:
             forget_s, instance_id = heapq.heappop(self._forgets)
             lost = self._fleet.find(instance_id)
@@ -137,14 +185,28 @@ class InstanceLifecycle:
             if lost is not None and lost.state is InstanceState.LOST and lost.forget_s == forget_s:
                 self._remove(lost)
                 effects.append(fx.InstanceRemoved(instance_id, "lost and not seen again"))
+        while self._returns and self._returns[0][0] <= now:
+            held = self._fleet.find(heapq.heappop(self._returns)[1])
+            if held is not None:
+                self._settle(held, now, effects)
+        self.health.advance(now, effects)
 
     def next_timer_s(self) -> float | None:
         """Return when :meth:`advance` has something to do, or ``None``."""
-        lease_s = self._fleet.next_lease_expiry_s()
-        if not self._forgets:
-            return lease_s
-        forget_s = self._forgets[0][0]
-        return forget_s if lease_s is None else min(lease_s, forget_s)
+        times_s = [self._fleet.next_lease_expiry_s(), self.health.next_timer_s()]
+        times_s += [heap[0][0] for heap in (self._forgets, self._returns) if heap]
+        return min((time_s for time_s in times_s if time_s is not None), default=None)
+
+    def _lose(self, record: InstanceRecord, now: float, effects: list[fx.Effect]) -> None:
+        if record.state is not InstanceState.LOST:
+            reason = f"no heartbeat for {self._config.lease_duration_s:g} s"
+            if record.keeps_state:
+                reason = "no heartbeat, and its engine does not answer"
+            self._move(record, InstanceState.LOST, reason, now, effects)
+        record.keeps_state = False
+        record.lost_s = now
+        record.forget_s = now + self._config.lost_retention_s
+        heapq.heappush(self._forgets, (record.forget_s, record.instance_id))
 
     def _remove(self, record: InstanceRecord) -> None:
         self._fleet.remove(record)
@@ -152,27 +214,30 @@ class InstanceLifecycle:
 
     def _drain(self, record: InstanceRecord, reason: str, effects: list[fx.Effect]) -> None:
         if record.state not in {InstanceState.DRAINING, InstanceState.DRAINED}:
-            self._move(record, InstanceState.DRAINING, reason, effects)
+            self._step(record, InstanceState.DRAINING, reason, effects)
             self.finish_drain(record, effects)
 
     def finish_drain(self, record: InstanceRecord, effects: list[fx.Effect]) -> None:
         """Note that an instance is empty, if it was draining and is."""
         if record.state is InstanceState.DRAINING and record.in_flight_count == 0:
-            self._move(record, InstanceState.DRAINED, "no request is left on it", effects)
+            self._step(record, InstanceState.DRAINED, "no request is left on it", effects)
 
     def _follow_condition(
-        self, record: InstanceRecord, condition: EngineCondition, reason: str, effects: list[fx.Effect]
+        self,
+        record: InstanceRecord,
+        condition: EngineCondition,
+        reason: str,
+        now: float,
+        effects: list[fx.Effect],
     ) -> None:
         """Let an instance follow the health of its engine. A drain outlasts health."""
         if condition is not EngineCondition.UNKNOWN:
             record.condition = condition
-        if record.drain:
+        if record.drain is not None:
             self._drain(record, "the drain goes on", effects)
             return
-        if condition is EngineCondition.HEALTHY and record.unreachable:
-            target, why = InstanceState.UNHEALTHY, "its agent is well, but calls to its engine find nobody"
-        elif condition is EngineCondition.HEALTHY:
-            target, why = InstanceState.READY, "the engine answers"
+        if condition is EngineCondition.HEALTHY:
+            target, why = self._target_of_well(record, now)
         elif condition is EngineCondition.UNHEALTHY:
             target, why = InstanceState.UNHEALTHY, reason or "the engine does not answer"
         elif condition is EngineCondition.STARTING and record.state is not InstanceState.READY:
@@ -182,11 +247,100 @@ class InstanceLifecycle:
         else:
             return
         if record.state is not target:
-            self._move(record, target, why, effects)
-        elif reason:
-            record.state_reason = reason
+            self._move(record, target, why, now, effects)
+        elif reason or target is InstanceState.UNHEALTHY or condition is EngineCondition.HEALTHY:
+            record.state_reason = reason or why
+
+    def _target_of_well(self, record: InstanceRecord, now: float) -> tuple[InstanceState, str]:
+        """Return the state of an instance whose engine says that it is well, and why."""
+        if record.unreachable:
+            return InstanceState.UNHEALTHY, "its agent is well, but calls to its engine find nobody"
+        if record.health.outage is not None:
+            return InstanceState.UNHEALTHY, record.health.why
+        held = self._hold_downs.get(record.instance_id)
+        if held is not None and record.state is not InstanceState.READY:
+            until_s = self._held_until_s(record, held)
+            if now < until_s:
+                if held.awaited_s != until_s:
+                    held.awaited_s = until_s
+                    heapq.heappush(self._returns, (until_s, record.instance_id))
+                held_s = until_s - held.fall_s
+                why = (
+                    f"it fell out {held.fall_count} times within a short time, now for {held_s:g} s at least"
+                )
+                # One step less for each restart of an agent that restarts again and again.
+                starts = record.state is InstanceState.STARTING
+                return InstanceState.STARTING if starts else InstanceState.UNHEALTHY, why
+        return InstanceState.READY, "the engine answers"
+
+    def _bar(self, record: InstanceRecord, why: str, now: float, effects: list[fx.Effect]) -> None:
+        """Take an instance out of the rotation although its engine may say that it is well."""
+        if record.state is InstanceState.READY:
+            self._move(record, InstanceState.UNHEALTHY, why, now, effects)
+        elif record.state is InstanceState.UNHEALTHY:
+            record.state_reason = why
+
+    def _settle(self, record: InstanceRecord, now: float, effects: list[fx.Effect]) -> None:
+        """Lead an instance that was kept out to where its engine's condition leads."""
+        if record.state in {InstanceState.UNHEALTHY, InstanceState.STARTING}:
+            self._follow_condition(record, record.condition, "", now, effects)
+
+    # -- hold-downs --------------------------------------------------------------
+
+    def _was_restarted(self, previous: InstanceRecord, incarnation: int, now: float) -> bool:
+        """Whether a registration tells of an agent that restarted beside an engine that serves, or will."""
+        if not 0 < previous.incarnation < incarnation:
+            return False
+        if previous.state in {InstanceState.READY, InstanceState.STARTING}:
+            return True
+        held = self._hold_downs.get(previous.instance_id)
+        return (
+            held is not None
+            and previous.state is not InstanceState.LOST
+            and now < self._held_until_s(previous, held)
+        )
+
+    def _held_until_s(self, record: InstanceRecord, held: HoldDown) -> float:
+        limits = self._config.health
+        until_s = held.until_s(limits)
+        if any(self._fleet.ready_count(model) == 0 for model in record.spec.served_models):
+            # A wavering instance is better than none.
+            until_s = min(until_s, held.fall_s + limits.base_hold_down_s)
+        return until_s
+
+    def _take_fall_back(self, record: InstanceRecord, now: float) -> None:
+        """A probe found an engine whose port had answered nobody: if only just, that was no fall.
+
+        It counts as a failure of a call, like any other.
+        """
+        held = self._hold_downs.get(record.instance_id)
+        if held is not None and held.doubtful and now - held.fall_s < DISPROOF_S:
+            held.take_back()
+
+    def _note_fall(self, instance_id: str, now: float) -> None:
+        held = self._hold_downs.pop(instance_id, None) or HoldDown()
+        held.note_fall(now, self._config.health)
+        self._hold_downs[instance_id] = held
+        if len(self._hold_downs) > self._config.max_instance_count:
+            del self._hold_downs[next(iter(self._hold_downs))]
+
+    # -- steps -------------------------------------------------------------------
 
     def _move(
+        self, record: InstanceRecord, target: InstanceState, reason: str, now: float, effects: list[fx.Effect]
+    ) -> None:
+        """Take a step between states that have to do with health."""
+        previous = record.state
+        self._step(record, target, reason, effects)
+        if target is InstanceState.READY:
+            held = self._hold_downs.get(record.instance_id)
+            if held is not None:
+                held.note_return(now)
+        elif previous is InstanceState.READY:
+            self._note_fall(record.instance_id, now)
+            self.health.probe_last_resorts(record, now)
+
+    def _step(
         self, record: InstanceRecord, target: InstanceState, reason: str, effects: list[fx.Effect]
     ) -> None:
         previous = record.state

@@ -18,6 +18,7 @@ from sagecp.core.admission import Admission
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.deadlines import DeadlineHeap
 from sagecp.core.dispatcher import Dispatcher
+from sagecp.core.drain import DrainBook
 from sagecp.core.errors import (
     ErrorReason,
     Failure,
@@ -26,8 +27,10 @@ from sagecp.core.errors import (
     RequestNotFoundError,
     SageError,
 )
-from sagecp.core.fleet import Fleet, InstanceRecord
+from sagecp.core.failover import ending_of
+from sagecp.core.fleet import Fleet
 from sagecp.core.instance_lifecycle import InstanceLifecycle
+from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.policies.adaptive import AdaptivePolicy
 from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.prediction.placement import predict
@@ -36,7 +39,7 @@ from sagecp.core.request import RequestRecord
 from sagecp.core.request_queue import RequestQueue
 from sagecp.core.service_books import ServiceBooks
 from sagecp.core.settings import SettingsHistory
-from sagecp.core.types import FailoverMode, RequestState, SchedulingDecision
+from sagecp.core.types import RequestState, SchedulingDecision
 from sagecp.core.waiting_line import WaitingLine
 
 
@@ -58,12 +61,15 @@ class Scheduler:
             config.scheduling_policy, config.routing_strategy, config.load_balancer, config.parameters
         )
         self.book = PredictionBook()
-        self.fleet = Fleet(config.max_instance_count, config.default_concurrency_limit, self.book)
+        self.fleet = Fleet(
+            config.max_instance_count, config.default_concurrency_limit, self.book, config.health
+        )
         self.prefixes = PrefixIndex()
         self.queue = RequestQueue(
             self._new_line,
             config.max_queued_request_count,
             config.max_queued_bytes,
+            config.queue_shares,
         )
         self.service_books = ServiceBooks()
         self._dispatcher = Dispatcher(
@@ -77,27 +83,30 @@ class Scheduler:
         # Deadlines, and the longest wait of requests without one.
         self._deadlines = DeadlineHeap()
         self._instances = InstanceLifecycle(self.fleet, self.prefixes, config)
+        self._drains = DrainBook(self.fleet, self.queue, self._instances, config.max_attempt_count)
         self._arrival_sequence = 0
         self._dispatch_sequence = 0
         # Of the event that is being handled.
         self._effects: list[fx.Effect] = []
-        # Exponentially weighted completions per second, for truthful retry delays.
-        self._last_completion_s: float | None = None
-        self._completion_interval_s = 1.0
         self._handlers: dict[type, Callable[[Any, float, list[fx.Effect]], None]] = {
             ev.RequestArrived: self._on_request_arrived,
+            ev.RequestsRestored: self._on_requests_restored,
             ev.RequestCancelled: self._on_request_cancelled,
             ev.RequestAborted: self._on_request_aborted,
             ev.AttemptProgressed: self._on_attempt_progressed,
             ev.AttemptSucceeded: self._on_attempt_succeeded,
             ev.AttemptFailed: self._on_attempt_failed,
             ev.InstanceRegistered: self._instances.on_registered,
+            ev.InstanceRestored: self._instances.on_restored,
             ev.InstanceDeregistered: self._instances.on_deregistered,
             ev.HeartbeatReceived: self._instances.on_heartbeat,
             ev.HealthProbed: self._instances.on_health_probed,
-            ev.DrainRequested: self._instances.on_drain_requested,
+            ev.EngineSilent: self._instances.health.on_engine_silent,
+            ev.EngineProbed: self._instances.health.on_engine_probed,
+            ev.DrainRequested: self._drains.on_drain_requested,
             ev.SchedulingConfigured: self._on_scheduling_configured,
             ev.PoliciesEvaluated: self._on_policies_evaluated,
+            ev.ClockSkipped: self._instances.on_clock_skipped,
             ev.ClockAdvanced: self._on_clock_advanced,
         }
 
@@ -123,7 +132,11 @@ class Scheduler:
 
     def next_timer_s(self) -> float | None:
         """Return when :class:`ClockAdvanced` is next worth sending, or ``None``."""
-        times_s = [self._deadlines.next_s(self._requests), self._instances.next_timer_s()]
+        times_s = [
+            self._deadlines.next_s(self._requests),
+            self._instances.next_timer_s(),
+            self._drains.next_timer_s(),
+        ]
         if len(self.queue):
             times_s.append(self.fleet.next_opening_s())
         if self._adapts:
@@ -163,6 +176,8 @@ class Scheduler:
         effects: list[fx.Effect] = []
         self._handlers[type(event)](event, now, effects)
         if len(self.queue):
+            # Whatever is handled late must not start work that is out of time.
+            self._expire_due(now, effects)
             self._effects = effects
             self._dispatcher.dispatch(now)
         self.fleet.drop_stale_openings()
@@ -176,8 +191,9 @@ class Scheduler:
             raise RequestIdConflictError(metadata.request_id)
         try:
             model = self._resolve_model(metadata.model_name)
-            record = RequestRecord(metadata, model, self._arrival_sequence + 1, now)
-            self.queue.check_room(record.size_bytes, self._retry_after_s())
+            # Before anything that costs more: a refusal must stay cheap when there are many.
+            size_bytes = self.queue.check_room(metadata, now)
+            record = RequestRecord(metadata, model, self._arrival_sequence + 1, now, size_bytes)
             parameters = self.settings.current.values
             self._admission.estimate(record, parameters)
             # Before it may be found infeasible: it is part of the demand, and its objectives are missed.
@@ -192,6 +208,42 @@ class Scheduler:
         self.queue.push(record)
         self._watch(record, now)
         effects.append(fx.RequestAccepted(record))
+
+    def _on_requests_restored(self, event: ev.RequestsRestored, now: float, effects: list[fx.Effect]) -> None:
+        for restored in event.requests:
+            if restored.metadata.request_id in self._requests:
+                raise RequestIdConflictError(restored.metadata.request_id)
+        for restored in event.requests:
+            self._restore(restored, now, effects)
+
+    def _restore(self, restored: ev.RestoredRequest, now: float, effects: list[fx.Effect]) -> None:
+        self._arrival_sequence += 1
+        record = RequestRecord(restored.metadata, restored.model, self._arrival_sequence, restored.arrival_s)
+        record.size_bytes = restored.size_bytes
+        record.epoch = restored.epoch
+        record.excluded_instance_ids.update(restored.lost_instance_ids)
+        record.lost_attempt_count = restored.lost_attempt_count
+        record.engine_kill_count = restored.engine_kill_count
+        record.has_output = restored.has_output
+        self._admission.estimate(record, self.settings.current.values)
+        record.go_on_after(restored.output_token_count, now)
+        self._requests[record.request_id] = record
+        self.queue.push(record)
+        self._watch(record, now)
+        effects.append(fx.RequestAccepted(record))
+        if restored.epoch == 0:
+            return
+        stopped = Failure(ErrorReason.SHUTTING_DOWN, "the control plane was restarted while the request ran")
+        ending = ending_of(
+            record,
+            stopped,
+            retryable=True,
+            cannot_continue=restored.cannot_continue,
+            # A restart is not the request's loss.
+            max_attempt_count=self.config.max_attempt_count + 1,
+        )
+        if ending is not None:
+            self._end(record, RequestState.FAILED, ending, now, effects)
 
     def _on_request_cancelled(self, event: ev.RequestCancelled, now: float, effects: list[fx.Effect]) -> None:
         record = self._requests.get(event.request_id)
@@ -212,8 +264,9 @@ class Scheduler:
         record = self._current(event.request_id, event.epoch)
         if record is None or record.delivered:
             return
-        record.delivered = True
+        record.delivered = record.has_output = True
         record.machine.to(RequestState.RUNNING)
+        record.attempt_first_token_s = now
         if record.first_token_s is None:
             record.first_token_s = now
         instance = self.fleet.holder(record.instance_id)
@@ -227,15 +280,16 @@ class Scheduler:
         record = self._current(event.request_id, event.epoch)
         if record is None:
             return
+        # Of this attempt: what earlier ones produced came to it as part of the prompt.
+        tokens = event.output_token_count - record.output_token_count
         instance = self.fleet.find(record.instance_id)
         if instance is not None and record.dispatch_s is not None:
             instance.completed_request_count += 1
-            ttft_s = None if record.first_token_s is None else record.first_token_s - record.dispatch_s
-            tokens_per_choice = event.output_token_count / record.metadata.choice_count
-            instance.learn(now - record.dispatch_s, ttft_s, tokens_per_choice)
+            self._instances.health.note_success(instance)
+            first_s = record.attempt_first_token_s
+            ttft_s = None if first_s is None else first_s - record.dispatch_s
+            instance.learn(now - record.dispatch_s, ttft_s, tokens / record.metadata.choice_count)
         self._learn_output(record, event, now)
-        self._note_completion(now)
-        tokens = event.output_token_count
         self._end(record, RequestState.SUCCEEDED, None, now, effects, attempt_over=True, output_tokens=tokens)
 
     def _on_attempt_failed(self, event: ev.AttemptFailed, now: float, effects: list[fx.Effect]) -> None:
@@ -245,27 +299,43 @@ class Scheduler:
         instance = self.fleet.find(record.instance_id)
         if instance is not None and event.counts_against_engine:
             instance.failed_attempt_count += 1
+        self._count_loss(record, event, instance)
+        if instance is not None and event.counts_against_engine:
+            self._instances.health.note_failure(instance, record, event.failure, now, effects)
         if instance is not None and event.engine_down:
-            self._instances.on_unreachable(instance, event.failure.message, effects)
-        mode = record.metadata.failover_mode
-        # Continuing from delivered tokens needs a journal of them, which this core does not keep yet.
-        if (
-            not event.retryable
-            or record.delivered
-            or mode is FailoverMode.FAIL
-            or record.epoch >= self.config.max_attempt_count
-        ):
-            self._end(record, RequestState.FAILED, event.failure, now, effects, attempt_over=True)
+            self._instances.on_unreachable(instance, event.failure.message, now, effects)
+        ending = ending_of(
+            record,
+            event.failure,
+            retryable=event.retryable,
+            cannot_continue=event.cannot_continue,
+            max_attempt_count=self.config.max_attempt_count,
+        )
+        if ending is not None:
+            self._end(record, RequestState.FAILED, ending, now, effects, attempt_over=True)
             return
         self._release(record, now)
-        record.excluded_instance_ids.add(record.instance_id)
+        if event.output_token_count:
+            record.go_on_after(event.output_token_count, now)
         record.machine.to(RequestState.QUEUED)
         self.queue.push(record)
         if record.deadline_s is None:
             self._watch(record, now)
         effects.append(fx.RequestRequeued(record, event.failure))
         if instance is not None:
+            self._drains.note_requeued(instance, record)
             self._instances.finish_drain(instance, effects)
+
+    @staticmethod
+    def _count_loss(record: RequestRecord, event: ev.AttemptFailed, instance: InstanceRecord | None) -> None:
+        """Note what a lost attempt says of its request."""
+        record.excluded_instance_ids.add(record.instance_id)
+        record.lost_attempt_count += event.counts
+        record.has_output = record.has_output or event.output_token_count > 0
+        # Of all that ran there, suspect is what the engine had just begun with, or had to itself.
+        alone = instance is not None and instance.in_flight_count == 1 and not instance.unreachable
+        if event.engine_died and (alone or not record.delivered):
+            record.engine_kill_count += 1
 
     def _current(self, request_id: str, epoch: int) -> RequestRecord | None:
         """Return the request if this attempt is still its present one: late news is no news."""
@@ -288,6 +358,7 @@ class Scheduler:
         self.adaptation.arrivals.note_end(record, state, now, output_tokens)
         if waited:
             self.queue.remove(record)
+            self.queue.note_departure(now)
         elif not attempt_over:
             effects.append(fx.AbortAttempt(record.request_id, record.epoch, record.instance_id))
         record.machine.to(state)
@@ -341,18 +412,24 @@ class Scheduler:
 
     def _learn_output(self, record: RequestRecord, event: ev.AttemptSucceeded, now: float) -> None:
         """Learn how long answers are, and how right the predictions were."""
-        choices = record.metadata.choice_count
-        tokens = event.output_token_count / choices
         metadata = record.metadata
+        choices = metadata.choice_count
+        earlier = record.output_token_count
+        expected = (record.expected_output_token_count + earlier) / choices
         accuracy = self.book.accuracy
-        accuracy.record("output_tokens", record.expected_output_token_count / choices, tokens)
+        accuracy.record("output_tokens", expected, event.output_token_count / choices)
         self.book.output_lengths.observe(
-            metadata.tenant_id, metadata.max_tokens, record.prompt_token_count, round(tokens)
+            metadata.tenant_id,
+            metadata.max_tokens,
+            record.prompt_token_count - earlier,
+            round(event.output_token_count / choices),
         )
-        if record.dispatch_s is None or record.first_token_s is None:
+        if record.dispatch_s is None or record.attempt_first_token_s is None:
             return
+        tokens = (event.output_token_count - earlier) / choices
         if tokens > 1:
-            accuracy.record("tpot", record.predicted_tpot_s, (now - record.first_token_s) / (tokens - 1))
+            tpot_s = (now - record.attempt_first_token_s) / (tokens - 1)
+            accuracy.record("tpot", record.predicted_tpot_s, tpot_s)
         predicted_s = record.predicted_ttft_s + record.predicted_tpot_s * max(
             0.0, record.expected_output_token_count / choices - 1
         )
@@ -365,16 +442,6 @@ class Scheduler:
         if not model and only is not None:
             return only
         raise ModelNotFoundError(model, self.fleet.models())
-
-    def _retry_after_s(self) -> float:
-        """Return when a place in the queue should be free: one completion frees one place."""
-        return min(60.0, max(0.1, self._completion_interval_s))
-
-    def _note_completion(self, now: float) -> None:
-        if self._last_completion_s is not None:
-            interval_s = now - self._last_completion_s
-            self._completion_interval_s += 0.1 * (interval_s - self._completion_interval_s)
-        self._last_completion_s = now
 
     # -- dispatch ----------------------------------------------------------------
 
@@ -389,12 +456,14 @@ class Scheduler:
         # The queue drops a line with its last request, which is charged nevertheless.
         line = self.queue.line(record.model)
         self.queue.remove(record)
+        self.queue.note_departure(now)
         record.machine.to(RequestState.DISPATCHED)
         record.epoch = decision.epoch
         record.instance_id = instance.instance_id
         record.dispatch_s = now
         record.expire_s = record.deadline_s
         record.delivered = False
+        record.attempt_first_token_s = None
         record.wait_until_s = now
         record.predicted_ttft_s = predicted.ttft_s
         record.predicted_tpot_s = predicted.tpot_s
@@ -458,8 +527,8 @@ class Scheduler:
 
     def _on_clock_advanced(self, event: ev.ClockAdvanced, now: float, effects: list[fx.Effect]) -> None:
         self._instances.advance(now, effects)
-        for record in self._deadlines.pop_due(now, self._requests):
-            self._expire(record, now, effects)
+        self._drains.advance(now, effects)
+        self._expire_due(now, effects)
         if self._adapts:
             replay = self.adaptation.ask(self.settings.current, self.fleet, now)
             if replay is not None:
@@ -470,6 +539,10 @@ class Scheduler:
         expire_s = record.deadline_s if record.deadline_s is not None else now + self.config.queue_timeout_s
         record.expire_s = expire_s
         self._deadlines.add(expire_s, record.request_id, self._requests)
+
+    def _expire_due(self, now: float, effects: list[fx.Effect]) -> None:
+        for record in self._deadlines.pop_due(now, self._requests):
+            self._expire(record, now, effects)
 
     def _expire(self, record: RequestRecord, now: float, effects: list[fx.Effect]) -> None:
         if record.deadline_s is not None:

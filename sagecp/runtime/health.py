@@ -1,4 +1,4 @@
-"""Probes the engines that no agent watches, and those that a call could not reach."""
+"""Probes engines: those that no agent watches or a call could not reach, and those that failed or hung."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import math
 from collections.abc import Callable, Iterable
 
 from sagecp.core.errors import InstanceNotFoundError
-from sagecp.core.events import HealthProbed
+from sagecp.core.events import EngineProbed, HealthProbed
 from sagecp.core.types import EngineCondition
 from sagecp.runtime.executor import ExecutionCoordinator
 
 logger = logging.getLogger(__name__)
 
 UNHEALTHY_INTERVAL_S = 1.0
+_MAX_DETAIL_LENGTH = 256
+TARGETS_INTERVAL_S = 1.0
+"""How often to look who is to be probed."""
 
 
 class HealthLoop:
@@ -82,7 +85,7 @@ class HealthLoop:
         targets = dict.fromkeys(self._targets())
         for instance_id in [known for known in self._due_s if known not in targets]:
             del self._due_s[instance_id]
-        next_s = now + self._interval_s
+        next_s = now + min(self._interval_s, TARGETS_INTERVAL_S)
         for instance_id in targets:
             if instance_id in self._probes:
                 continue
@@ -115,3 +118,53 @@ class HealthLoop:
                 self._due_s[instance_id] = asyncio.get_running_loop().time() + interval_s
             if self._due_s.get(instance_id, math.inf) < self._wake_s:
                 self._wake.set()
+
+
+class EngineProber:
+    """Has engines generate a token when the core wants to know whether they work. One probe each at a time.
+
+    Args:
+        coordinator: Knows how to reach engines.
+        report: Takes what was found.
+        concurrency: Most probes at once.
+    """
+
+    def __init__(
+        self,
+        coordinator: ExecutionCoordinator,
+        report: Callable[[EngineProbed], None],
+        concurrency: int = 64,
+    ) -> None:
+        self._coordinator = coordinator
+        self._report = report
+        self._slots = asyncio.Semaphore(concurrency)
+        self._probes: dict[str, asyncio.Task[None]] = {}
+
+    def probe(self, instance_id: str) -> None:
+        """Start a probe, unless one is on its way."""
+        if instance_id not in self._probes:
+            self._probes[instance_id] = asyncio.get_running_loop().create_task(self._probe(instance_id))
+
+    async def stop(self) -> None:
+        """End every probe."""
+        probes = list(self._probes.values())
+        for probe in probes:
+            probe.cancel()
+        await asyncio.gather(*probes, return_exceptions=True)
+        # A task that is cancelled before its first step takes itself out of nothing.
+        self._probes.clear()
+
+    async def _probe(self, instance_id: str) -> None:
+        try:
+            try:
+                async with self._slots:
+                    health = await self._coordinator.probe_generation(instance_id)
+            finally:
+                # Before the report: it may ask for the next one.
+                del self._probes[instance_id]
+            self._report(EngineProbed(instance_id, health.healthy, health.detail[:_MAX_DETAIL_LENGTH]))
+        except InstanceNotFoundError:
+            pass  # It left meanwhile.
+        except Exception:
+            # Without an answer the core asks again.
+            logger.exception("engine probe crashed", extra={"instance_id": instance_id})

@@ -12,8 +12,8 @@ from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.errors import ErrorReason, Failure
-from sagecp.core.fleet import InstanceRecord
 from sagecp.core.instance_load import InstanceLoad
+from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.policy_replay import PolicyReplay, PolicyScore
 from sagecp.core.prediction.book import InstanceKind, PredictionBook
 from sagecp.core.prediction.step_time import StepTimeParameters
@@ -103,8 +103,9 @@ def fail(
     retryable: bool = True,
     engine_down: bool = False,
     counts_against_engine: bool = True,
+    **more: Any,
 ) -> ev.AttemptFailed:
-    return ev.AttemptFailed(request_id, epoch, failure, retryable, engine_down, counts_against_engine)
+    return ev.AttemptFailed(request_id, epoch, failure, retryable, engine_down, counts_against_engine, **more)
 
 
 def configure(
@@ -132,6 +133,8 @@ def line(effect: fx.Effect) -> str:
             return f"dispatch {record.request_id}#{epoch} {instance_id}"
         case fx.AbortAttempt(request_id, epoch, instance_id):
             return f"abort {request_id}#{epoch} {instance_id}"
+        case fx.InterruptAttempt(request_id, epoch, instance_id):
+            return f"interrupt {request_id}#{epoch} {instance_id}"
         case fx.RequestRequeued(record):
             return f"requeue {record.request_id}"
         case fx.RequestEnded(record, state):
@@ -140,6 +143,10 @@ def line(effect: fx.Effect) -> str:
             return f"{instance_id} {previous.name if previous else '-'}>{state.name}"
         case fx.InstanceRemoved(instance_id):
             return f"remove {instance_id}"
+        case fx.ProbeEngine(instance_id):
+            return f"probe {instance_id}"
+        case fx.FailStaticChanged(active):
+            return f"fail static {'on' if active else 'off'}"
         case fx.SettingsChanged(settings):
             return f"settings {settings.version}"
         case fx.EvaluatePolicies(replay):

@@ -18,6 +18,7 @@ from sagecp.core.config import SchedulerConfig
 from sagecp.rpc.server import ControlPlaneServer
 from sagecp.runtime.control_loop import EventListener
 from sagecp.runtime.manager import ControlPlaneManager
+from sagecp.runtime.store.base import Store
 from sagecp.v1 import (
     admin_service_pb2_grpc,
     fleet_service_pb2,
@@ -151,6 +152,7 @@ async def running_rig(
     engine: EngineConfig | None = None,
     scripted: bool = True,
     on_event: EventListener | None = None,
+    store: Store | None = None,
     **config: Any,
 ) -> AsyncIterator[Rig]:
     """Run a server and yield it with a channel of its own to it.
@@ -171,6 +173,7 @@ async def running_rig(
         engine=settings.engine,
         client_factory=fleet if scripted else None,
         on_event=on_event,
+        store=store,
     )
     server = ControlPlaneServer(settings.validate(), manager)
     await server.start()
@@ -251,6 +254,7 @@ class Output:
     Attributes:
         opened: The first message.
         chunks: The output.
+        notices: What was told beside it.
         terminal: The last message.
         error: What the call ended with, or ``None``.
     """
@@ -259,9 +263,10 @@ class Output:
         kinds = [message.WhichOneof("event") for message in messages]
         assert kinds[0] == "opened", kinds
         assert kinds[-1] == "terminal", kinds
-        assert set(kinds[1:-1]) <= {"chunk"}, kinds
+        assert set(kinds[1:-1]) <= {"chunk", "notice"}, kinds
         self.opened = messages[0].opened
-        self.chunks = [message.chunk for message in messages[1:-1]]
+        self.chunks = [message.chunk for message in messages if message.WhichOneof("event") == "chunk"]
+        self.notices = [message.notice for message in messages if message.WhichOneof("event") == "notice"]
         self.terminal = messages[-1].terminal
         self.error = error
         next_index = self.chunks[0].first_token_index if self.chunks else 0

@@ -6,18 +6,15 @@ from typing import Any
 
 import pytest
 
+from sagecp.core.drain_order import DrainOrder
 from sagecp.core.errors import (
     FleetFullError,
     InstanceNotFoundError,
     InvalidRequestError,
     StaleIncarnationError,
 )
-from sagecp.core.fleet import (
-    KEY_VALUE_USAGE_LIMIT,
-    REFERENCE_OUTPUT_TOKEN_COUNT,
-    Fleet,
-    InstanceRecord,
-)
+from sagecp.core.fleet import Fleet
+from sagecp.core.instance_record import KEY_VALUE_USAGE_LIMIT, REFERENCE_OUTPUT_TOKEN_COUNT, InstanceRecord
 from sagecp.core.types import EngineGauges, ExecutionInstance, InstanceState, SamplingParameters
 from tests.support.core_world import make_instance, make_instance_record, make_record
 
@@ -100,7 +97,7 @@ def test_the_same_or_a_newer_incarnation_takes_over_what_runs(offered: int) -> N
     old = make_ready(fleet, make_instance("a", capacity=1000), 5)
     load(old, 2, max_tokens=16)
     old.learn(2.0, 0.5, output_token_count=101)
-    old.completed_request_count, old.failed_attempt_count, old.drain = 7, 3, True
+    old.completed_request_count, old.failed_attempt_count, old.drain = 7, 3, DrainOrder(1.0)
     new = fleet.add(make_instance("a", capacity=500), offered, now=9.0)
     assert new is not old
     assert new.state is InstanceState.STARTING
@@ -114,7 +111,7 @@ def test_the_same_or_a_newer_incarnation_takes_over_what_runs(offered: int) -> N
     assert new.latency_estimate_s == old.latency_estimate_s is not None
     assert (new.completed_request_count, new.failed_attempt_count) == (7, 3)
     assert new.last_dispatch_sequence == 2
-    assert new.drain
+    assert new.drain is old.drain
 
 
 def test_what_runs_on_a_removed_instance_is_counted_until_it_ends() -> None:
@@ -145,9 +142,9 @@ def test_deregistration_ends_a_drain() -> None:
     fleet = make_fleet()
     record = make_ready(fleet, make_instance("a"))
     load(record, 1)
-    record.drain = True
+    record.drain = DrainOrder(0.0)
     fleet.remove(record)
-    assert not fleet.add(make_instance("a"), 0, now=1.0).drain
+    assert fleet.add(make_instance("a"), 0, now=1.0).drain is None
 
 
 def test_a_full_fleet_says_so_and_still_takes_back_its_own() -> None:

@@ -20,7 +20,6 @@ from sagecp.core.errors import (
     ErrorReason,
     Failure,
     FleetFullError,
-    IllegalTransitionError,
     InstanceNotFoundError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -88,7 +87,7 @@ def succeeded(request_id: str, epoch: int = 1) -> ev.AttemptSucceeded:
 
 
 def drain(instance_id: str, undo: bool = False) -> ev.DrainRequested:
-    return ev.DrainRequested(instance_id, undo)
+    return ev.DrainRequested(instance_id, undo, force=True)
 
 
 UNHEALTHY = EngineCondition.UNHEALTHY
@@ -184,7 +183,8 @@ SCENARIOS = [
             (ev.RequestCancelled("r2"), ["end r2 CANCELLED"]),
             (arrive("r3", prompt="x" * 90), ["accept r3"]),
         ],
-        FULL | {"max_queued_bytes": 100},
+        # Of which requests of the NORMAL class may fill four fifths.
+        FULL | {"max_queued_bytes": 125},
     ),
     Scenario(
         "a lost attempt always gets its place back",
@@ -326,7 +326,7 @@ SCENARIOS = [
             (healthy("b"), joined("b")),
             (arrive("r1"), ["accept r1", "dispatch r1#1 a"]),
             (progressed("r1"), []),
-            (fail("r1"), ["end r1 FAILED"]),
+            (fail("r1", output_token_count=3, cannot_continue="it uses tools"), ["end r1 FAILED"]),
         ],
     ),
     Scenario(
@@ -630,7 +630,7 @@ SCENARIOS = [
             (succeeded("r1"), ["end r1 SUCCEEDED", "a DRAINING>DRAINED"]),
             (probe("a"), []),
             (drain("a", undo=True), ["a DRAINED>READY", "dispatch r2#1 a"]),
-            (drain("a", undo=True), IllegalTransitionError),
+            (drain("a", undo=True), []),
         ],
     ),
     Scenario(
@@ -702,7 +702,7 @@ SCENARIOS = [
             (ev.InstanceRegistered(make_instance("b")), [f"b {NEW}STARTING"]),
             (drain("b"), ["b STARTING>DRAINING", "b DRAINING>DRAINED"]),
             (drain("b", undo=True), ["b DRAINED>STARTING"]),
-            (drain("b", undo=True), IllegalTransitionError),
+            (drain("b", undo=True), []),
         ],
     ),
     # -- configuration --------------------------------------------------------------
@@ -1271,7 +1271,10 @@ def test_counts() -> None:
 
 
 def test_a_failing_instance_does_not_let_the_queue_be_searched_for_ever() -> None:
-    """Many requests wait for the better instance; the work per event stays bounded."""
+    """Many requests wait for the better instance; the work per event stays bounded.
+
+    It is full again and again, say: that is no failure that it would be ejected for.
+    """
     world = World(default_concurrency_limit=1)
     world.feed(healthy("bad"), healthy("good"))
     world.feed(arrive("first-on-bad"), arrive("on-good"))
@@ -1279,7 +1282,7 @@ def test_a_failing_instance_does_not_let_the_queue_be_searched_for_ever() -> Non
     for number in range(100):
         lines = world.feed(arrive(f"r{number}"))
         if dispatched_to(lines) == ["bad"]:
-            world.feed(fail(f"r{number}"))
+            world.feed(fail(f"r{number}", counts_against_engine=False))
     waiting = [record for record in world.scheduler.queue if record.excluded_instance_ids]
     assert 32 <= len(waiting) < 100
     assert dispatched(world.feed(succeeded("on-good")))[0] == "first-on-bad"
