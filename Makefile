@@ -20,8 +20,11 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 PROTO := env PATH="$(CURDIR)/.venv-proto/bin:$$PATH"
 PYTHON_FILES := $(wildcard sagecp tests bench clients protos)
 
-# The test folders of `make test`; those of tests/e2e and tests/faults need more time or engines.
-TEST_FOLDERS := $(wildcard tests/unit tests/contract tests/rpc tests/sim)
+# The test folders of `make test`; of tests/faults the quick rows, and tests/e2e needs engines.
+TEST_FOLDERS := $(wildcard tests/unit tests/contract tests/rpc tests/sim tests/faults)
+# How long `make soak` goes on, and which faults it draws.
+MINUTES ?= 10
+SEED ?= 0
 
 .PHONY: help
 help: ## List these commands
@@ -78,6 +81,14 @@ type: $(READY) $(TYPINGS_READY) ## Check types, strictly
 .PHONY: test
 test: $(READY) $(PROTO_READY) ## Run the tests that need no engine, in parallel
 	$(BIN)/python -m pytest $(TEST_FOLDERS) --numprocesses $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+.PHONY: faults
+faults: $(READY) $(PROTO_READY) ## Run every row of the fault matrix: processes killed, disks filled, lines cut (minutes)
+	$(BIN)/python -m pytest tests/faults --slow-faults --numprocesses $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+.PHONY: soak
+soak: $(READY) ## Mixed load and random faults for MINUTES=10, with a ledger at the end
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) --seed $(SEED)
 
 .PHONY: e2e
 e2e: $(READY) $(PROTO_READY) ## Install a small real vLLM (about 2.4 GB, once) and drive two of them through the stubs

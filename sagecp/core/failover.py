@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sagecp.core.errors import ErrorReason, Failure
+from sagecp.core.events import RestoredRequest
 from sagecp.core.request import RequestRecord
 from sagecp.core.types import FailoverMode
 
@@ -56,4 +57,33 @@ def ending_of(
         failure.reason,
         f"{failure.message}; output was delivered already, and the request cannot go on after it elsewhere: "
         f"{why}",
+    )
+
+
+def restored_record(restored: RestoredRequest, sequence: int) -> RequestRecord:
+    """Return the record of a request that was accepted before a restart."""
+    record = RequestRecord(
+        restored.metadata, restored.model, sequence, restored.arrival_s, restored.size_bytes
+    )
+    record.epoch = restored.epoch
+    record.excluded_instance_ids.update(restored.lost_instance_ids)
+    record.lost_attempt_count = restored.lost_attempt_count
+    record.engine_kill_count = restored.engine_kill_count
+    record.has_output = restored.has_output
+    return record
+
+
+def ending_after_restart(
+    record: RequestRecord, restored: RestoredRequest, max_attempt_count: int
+) -> Failure | None:
+    """Return why a restored request ends with the control plane that ran it, or ``None``: it goes on."""
+    if restored.epoch == 0:
+        return None
+    return ending_of(
+        record,
+        Failure(ErrorReason.SHUTTING_DOWN, "the control plane was restarted while the request ran"),
+        retryable=True,
+        cannot_continue=restored.cannot_continue,
+        # A restart is not the request's loss.
+        max_attempt_count=max_attempt_count + 1,
     )

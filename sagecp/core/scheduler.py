@@ -27,12 +27,13 @@ from sagecp.core.errors import (
     RequestNotFoundError,
     SageError,
 )
-from sagecp.core.failover import ending_of
+from sagecp.core.failover import ending_after_restart, ending_of, restored_record
 from sagecp.core.fleet import Fleet
 from sagecp.core.instance_lifecycle import InstanceLifecycle
 from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.policies.adaptive import AdaptivePolicy
 from sagecp.core.prediction.book import PredictionBook
+from sagecp.core.prediction.learning import learn_output
 from sagecp.core.prediction.placement import predict
 from sagecp.core.prefix_index import PrefixIndex
 from sagecp.core.request import RequestRecord
@@ -218,30 +219,14 @@ class Scheduler:
 
     def _restore(self, restored: ev.RestoredRequest, now: float, effects: list[fx.Effect]) -> None:
         self._arrival_sequence += 1
-        record = RequestRecord(restored.metadata, restored.model, self._arrival_sequence, restored.arrival_s)
-        record.size_bytes = restored.size_bytes
-        record.epoch = restored.epoch
-        record.excluded_instance_ids.update(restored.lost_instance_ids)
-        record.lost_attempt_count = restored.lost_attempt_count
-        record.engine_kill_count = restored.engine_kill_count
-        record.has_output = restored.has_output
+        record = restored_record(restored, self._arrival_sequence)
         self._admission.estimate(record, self.settings.current.values)
         record.go_on_after(restored.output_token_count, now)
         self._requests[record.request_id] = record
         self.queue.push(record)
         self._watch(record, now)
         effects.append(fx.RequestAccepted(record))
-        if restored.epoch == 0:
-            return
-        stopped = Failure(ErrorReason.SHUTTING_DOWN, "the control plane was restarted while the request ran")
-        ending = ending_of(
-            record,
-            stopped,
-            retryable=True,
-            cannot_continue=restored.cannot_continue,
-            # A restart is not the request's loss.
-            max_attempt_count=self.config.max_attempt_count + 1,
-        )
+        ending = ending_after_restart(record, restored, self.config.max_attempt_count)
         if ending is not None:
             self._end(record, RequestState.FAILED, ending, now, effects)
 
@@ -289,7 +274,7 @@ class Scheduler:
             first_s = record.attempt_first_token_s
             ttft_s = None if first_s is None else first_s - record.dispatch_s
             instance.learn(now - record.dispatch_s, ttft_s, tokens / record.metadata.choice_count)
-        self._learn_output(record, event, now)
+        learn_output(self.book, record, event, now)
         self._end(record, RequestState.SUCCEEDED, None, now, effects, attempt_over=True, output_tokens=tokens)
 
     def _on_attempt_failed(self, event: ev.AttemptFailed, now: float, effects: list[fx.Effect]) -> None:
@@ -409,31 +394,6 @@ class Scheduler:
             line.note_settled(record)
         record.cost_s = 0.0
         return released
-
-    def _learn_output(self, record: RequestRecord, event: ev.AttemptSucceeded, now: float) -> None:
-        """Learn how long answers are, and how right the predictions were."""
-        metadata = record.metadata
-        choices = metadata.choice_count
-        earlier = record.output_token_count
-        expected = (record.expected_output_token_count + earlier) / choices
-        accuracy = self.book.accuracy
-        accuracy.record("output_tokens", expected, event.output_token_count / choices)
-        self.book.output_lengths.observe(
-            metadata.tenant_id,
-            metadata.max_tokens,
-            record.prompt_token_count - earlier,
-            round(event.output_token_count / choices),
-        )
-        if record.dispatch_s is None or record.attempt_first_token_s is None:
-            return
-        tokens = (event.output_token_count - earlier) / choices
-        if tokens > 1:
-            tpot_s = (now - record.attempt_first_token_s) / (tokens - 1)
-            accuracy.record("tpot", record.predicted_tpot_s, tpot_s)
-        predicted_s = record.predicted_ttft_s + record.predicted_tpot_s * max(
-            0.0, record.expected_output_token_count / choices - 1
-        )
-        accuracy.record("latency", predicted_s, now - record.dispatch_s)
 
     def _resolve_model(self, model: str) -> str:
         if self.fleet.serves(model):

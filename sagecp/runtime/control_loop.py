@@ -12,7 +12,6 @@ from sagecp.config import RuntimeConfig
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.errors import ErrorReason, Failure
-from sagecp.core.policy_replay import PolicyReplay, PolicyScore
 from sagecp.core.request import RequestRecord
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.settings import SchedulingSettings
@@ -23,7 +22,7 @@ from sagecp.runtime.health import EngineProber, HealthLoop
 from sagecp.runtime.journal import Journal
 from sagecp.runtime.monitor import EndedSample, MetricsKey, Monitor, objectives_met
 from sagecp.runtime.output import OutputLog
-from sagecp.runtime.policy_evaluation import EvaluationError, PolicyEvaluator
+from sagecp.runtime.policy_evaluation import PolicyEvaluations, PolicyEvaluator
 from sagecp.runtime.requests import RequestHandle, RequestTable
 from sagecp.runtime.restart import Restorer, StoredRequest, first_sequence, sort_records
 from sagecp.runtime.store.base import Store, StoreError
@@ -86,10 +85,7 @@ class ControlLoop:
         # While requests come back after a restart.
         self._restorer: Restorer | None = None
         self._on_event = on_event
-        self._policy_evaluator = policy_evaluator
-        self._evaluation: asyncio.Task[None] | None = None
-        # What the last evaluation failed with, so that a lasting fault is logged once.
-        self._evaluation_fault = ""
+        self._evaluations = PolicyEvaluations(policy_evaluator, self.feed)
         self._loops: list[asyncio.Task[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
@@ -162,12 +158,12 @@ class ControlLoop:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        tasks = [*self._loops, *([self._evaluation] if self._evaluation else [])]
-        self._loops = []
+        tasks, self._loops = self._loops, []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._prober.stop()
+        await self._evaluations.stop()
         await self._attempts.stop()
         if self.journal is not None:
             await self.journal.store.close()
@@ -253,7 +249,8 @@ class ControlLoop:
             elif isinstance(effect, fx.SettingsChanged):
                 _log_settings(effect.settings)
             elif isinstance(effect, fx.EvaluatePolicies):
-                self._start_evaluation(effect.replay)
+                if self.running:
+                    self._evaluations.start(effect.replay)
             elif isinstance(effect, fx.PolicySwitched):
                 logger.info(
                     "scheduling policy switched",
@@ -391,37 +388,6 @@ class ControlLoop:
         title = "fail static" if effect.active else "fail static is over"
         logger.log(logging.WARNING if effect.active else logging.INFO, title, extra={"reason": effect.why})
         self.monitor.fault(f"{title}: {effect.why}")
-
-    # -- replays for the adaptive policy ---------------------------------------------
-
-    def _start_evaluation(self, replay: PolicyReplay) -> None:
-        if self._policy_evaluator is None or not self.running:
-            return
-        if self._evaluation is not None:
-            # The core has given it up.
-            self._evaluation.cancel()
-        self._evaluation = asyncio.get_running_loop().create_task(
-            self._evaluate(self._policy_evaluator, replay), name="sagecp-policy-evaluation"
-        )
-
-    async def _evaluate(self, evaluator: PolicyEvaluator, replay: PolicyReplay) -> None:
-        scores: tuple[PolicyScore, ...] = ()
-        try:
-            scores = await evaluator.evaluate(replay)
-        except EvaluationError as error:
-            self._note_evaluation_fault(str(error))
-        except Exception:
-            logger.exception("policy evaluation crashed")
-        else:
-            self._evaluation_fault = ""
-        self.feed(ev.PoliciesEvaluated(replay.evaluation_id, scores))
-
-    def _note_evaluation_fault(self, message: str) -> None:
-        if message != self._evaluation_fault:
-            self._evaluation_fault = message
-            logger.warning(
-                "policies could not be evaluated; the one in force stays", extra={"reason": message}
-            )
 
     # -- time ----------------------------------------------------------------------
 
