@@ -82,6 +82,7 @@ class ControlLoop:
         self._sequence = first_sequence()
         self.journal = None if store is None else Journal(store, clock, self.wall_offset_s)
         self._attempts = AttemptRunner(coordinator, self.journal, self.feed, clock)
+        self._journal_trouble = ""
         # While requests come back after a restart.
         self._restorer: Restorer | None = None
         self._on_event = on_event
@@ -384,6 +385,18 @@ class ControlLoop:
         if self.journal is not None and record is not None:
             self.journal.instance_kept(record)
 
+    def _look_at_journal(self) -> None:
+        """Tell operators when the journal begins to take nothing, and when it does again."""
+        trouble = "" if self.journal is None else self.journal.store.status().trouble
+        if trouble == self._journal_trouble:
+            return
+        self._journal_trouble = trouble
+        if trouble:
+            logger.error("the journal is in trouble", extra={"reason": trouble})
+            self.monitor.fault(f"journal: {trouble}")
+        else:
+            logger.info("the journal is well again")
+
     def _on_fail_static_changed(self, effect: fx.FailStaticChanged) -> None:
         title = "fail static" if effect.active else "fail static is over"
         logger.log(logging.WARNING if effect.active else logging.INFO, title, extra={"reason": effect.why})
@@ -418,6 +431,7 @@ class ControlLoop:
                 if len(self.scheduler.queue):
                     self._perform(self._handle(ev.ClockAdvanced(), now), now)
                 self.requests.drop_old(now)
+                self._look_at_journal()
             except Exception:
                 # A net with a hole is still a net.
                 logger.exception("scheduling pass crashed")

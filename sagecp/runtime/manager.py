@@ -40,10 +40,10 @@ from sagecp.runtime.engines.request_body import body_violations, engine_request_
 from sagecp.runtime.executor import ClientFactory, ExecutionCoordinator
 from sagecp.runtime.monitor import DEFAULT_WINDOW_S, MetricsKey, Monitor
 from sagecp.runtime.policy_evaluation import PolicyEvaluator
+from sagecp.runtime.reports import control_plane_status, fleet_metrics
 from sagecp.runtime.requests import Reading, RequestHandle, RequestTable, fingerprint
 from sagecp.runtime.restart import ended_handle
 from sagecp.runtime.store.base import Store, StoreError
-from sagecp.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -499,54 +499,16 @@ class ControlPlaneManager:
         self, window_s: float = DEFAULT_WINDOW_S, match: MetricsKey | None = None
     ) -> PerformanceMetrics:
         """Return how the fleet does, or the part of it that passes a filter."""
-        match = match or MetricsKey()
-        everything = match == MetricsKey()
-        queued = len(self.scheduler.queue) if everything else 0
-        active = self.scheduler.active_count if everything else 0
-        for record in () if everything else self.scheduler.requests():
-            metadata = record.metadata
-            instance_id = "" if record.queued else record.instance_id
-            if match.matches(MetricsKey(record.model, instance_id, metadata.tenant_id, metadata.priority)):
-                queued += record.queued
-                active += not record.queued
-        gpus = [
-            gpu
-            for instance in self.scheduler.fleet
-            if (not match.instance_id or match.instance_id == instance.instance_id)
-            and (not match.model or match.model in instance.spec.served_models)
-            for gpu in instance.gpus
-        ]
-        return self.monitor.metrics(
-            self._clock(),
-            active_count=active,
-            queued_count=queued,
-            gpus=gpus,
-            window_s=window_s,
-            match=match,
-        )
+        return fleet_metrics(self.scheduler, self.monitor, self._clock(), window_s, match or MetricsKey())
 
     def get_status(self) -> ControlPlaneStatus:
         """Return the state of the control plane."""
-        scheduler = self.scheduler
         now = self._clock()
-        settings = scheduler.settings.current
-        return ControlPlaneStatus(
-            version=__version__,
+        return control_plane_status(
+            self.scheduler,
+            self.monitor,
             start_time_s=self.wall_time(self._start_s),
             uptime_s=now - self._start_s,
             accepting=self._accepting,
-            scheduling_policy=settings.scheduling_policy,
-            routing_strategy=settings.routing_strategy,
-            load_balancer=settings.load_balancer,
-            config_version=settings.version,
             policy_reason=self.why_policy(),
-            instance_count_by_state={s.name: n for s, n in scheduler.fleet.count_by_state().items() if n},
-            queued_count_by_model=scheduler.queue.count_by_model(),
-            queued_count_by_priority={p.name: n for p, n in scheduler.queue.count_by_priority().items()},
-            active_requests=scheduler.active_count,
-            queued_requests=len(scheduler.queue),
-            queue_capacity=scheduler.queue.max_request_count,
-            event_loop_lag_s=self.monitor.event_loop_lag_s,
-            models=scheduler.fleet.models(),
-            recent_faults=self.monitor.recent_faults(),
         )

@@ -20,7 +20,7 @@ from sagecp.core.types import (
 )
 from sagecp.runtime.engines.base import EngineFailedError
 from sagecp.runtime.manager import ControlPlaneManager
-from sagecp.runtime.store.base import Store, StoreError, Written
+from sagecp.runtime.store.base import Store, StoreError, StoreStatus, Written
 from sagecp.runtime.store.memory import MemoryStore
 from sagecp.runtime.store.records import Record, RequestAccepted, RequestEnded
 from tests.support.scripted_client import WAIT_S, ScriptedCall, ScriptedFleet
@@ -351,3 +351,19 @@ async def test_an_attempt_that_is_lost_continues_elsewhere_with_what_there_is() 
         call.answer("c")
         await manager.wait_request("r")
         assert await text_of(manager) == "abc"
+
+
+class TroubledStore(MemoryStore):
+    """A medium that is in trouble when the test says."""
+
+    trouble = ""
+
+    def status(self) -> StoreStatus:
+        return StoreStatus(accepting=not self.trouble, trouble=self.trouble)
+
+
+async def test_operators_hear_of_a_journal_in_trouble() -> None:
+    store = TroubledStore()
+    async with running(store, ScriptedFleet()) as manager:
+        store.trouble = "the disk is full"
+        await until(lambda: any("disk is full" in f.message for f in manager.get_status().recent_faults))
