@@ -319,7 +319,8 @@ class RequestLife(RuleBasedStateMachine):
         attempts = [(each.epoch, each.instance_id, each.failure) for each in handle.attempts]
         return (
             f"{request_id} never ended: {handle.state.name}, queued={record.queued}, "
-            f"on {record.instance_id!r}, not on {record.excluded_instance_ids}, waits for {record.waits_for!r}, attempts {attempts}, "
+            f"on {record.instance_id!r}, not on {record.excluded_instance_ids}, "
+            f"waits for {record.waits_for!r}, attempts {attempts}, "
             f"calls {[call.request_id for call in self.running() + self.fleet['last'].running]}; {fleet}"
         )
 

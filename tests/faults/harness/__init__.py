@@ -1,0 +1,1 @@
+"""What the rows of the fault matrix are made of: real programs, a network that fails, and a ledger."""
