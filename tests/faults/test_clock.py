@@ -40,6 +40,7 @@ def fake_clock(setting: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("jump", [f"+{_HOUR}", f"-{_HOUR}"])
 async def test_row_40_the_wall_clock_jumps_by_an_hour(jump: str, tmp_path: Path) -> None:
     """No lease ends and no deadline passes because of that, and none of them stays for an hour."""
