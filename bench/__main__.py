@@ -15,6 +15,7 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
     "token_path": ([], ["--rounds", "1", "--seconds", "2"]),
     "latency": ([], ["--seconds", "10"]),
     "durable_submit": ([], ["--seconds", "2", "--rounds", "1"]),
+    "cancel": ([], ["--count", "20"]),
     "overload": ([], ["--seconds", "3"]),
     "slow_readers": ([], ["--streams", "500", "--seconds", "10"]),
     "heartbeats": ([], ["--streams", "1000", "--connections", "10", "--seconds", "5"]),

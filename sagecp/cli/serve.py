@@ -96,7 +96,7 @@ def serve(config_file: str | None, **flags: Any) -> int:  # noqa: ANN401 - see _
     from sagecp.rpc.server import ListenError, run_server
     from sagecp.runtime.event_loop import run
     from sagecp.runtime.policy_evaluation import EvaluationProcess
-    from sagecp.runtime.store.base import StoreError
+    from sagecp.runtime.store.base import StoreCorruptError, StoreError
 
     try:
         config = load_config(_path(config_file)) if config_file else ServerConfig()
@@ -110,8 +110,11 @@ def serve(config_file: str | None, **flags: Any) -> int:  # noqa: ANN401 - see _
         ) from error
     except ListenError as error:
         raise CliError(str(error), exit_code=ExitCode.UNREACHABLE) from error
-    except StoreError as error:
+    except StoreCorruptError as error:
         raise CliError(str(error), exit_code=ExitCode.NOT_FOUND_OR_CONFLICT) from error
+    except StoreError as error:
+        advice = "name another file with --journal FILE, or keep none with --journal off"
+        raise CliError(f"{error}; {advice}", exit_code=ExitCode.NOT_FOUND_OR_CONFLICT) from error
     except SageError as error:
         # Names of policies and the like, which only the registries know.
         raise CliError(str(error), exit_code=ExitCode.INVALID) from error
