@@ -427,6 +427,13 @@ class ControlPlaneManager:
         self._loop.feed(ev.DrainRequested(instance_id, undo, incarnation, grace_s, force, cause))
         self._loop.keep_instance(instance_id)
 
+    async def journal_written(self) -> None:
+        """Return once everything that happened so far survives a restart, as far as it can for now."""
+        if self._store is not None:
+            # In trouble it writes later, and says so to operators.
+            with contextlib.suppress(StoreError):
+                await self._store.flush()
+
     @property
     def requests(self) -> RequestTable:
         """Every request that can still be asked about. For reading only."""

@@ -60,11 +60,15 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         """Add an instance."""
         instance = instance_from_proto(request.spec)
         self._manager.register_instance(instance, request.incarnation)
-        return pb.RegisterInstanceResponse(
+        response = pb.RegisterInstanceResponse(
             instance=self._view(self._manager.instance(instance.instance_id)),
             lease_duration=duration(self._manager.scheduler.config.lease_duration_s),
             heartbeat_interval=self._interval,
         )
+        if not request.incarnation:
+            # Nobody would register it again after a restart.
+            await self._manager.journal_written()
+        return response
 
     async def DeregisterInstance(
         self, request: pb.DeregisterInstanceRequest, context: Context
@@ -73,6 +77,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         count = self._manager.deregister_instance(
             request.instance_id, request.incarnation, request.cause[:256]
         )
+        await self._manager.journal_written()
         return pb.DeregisterInstanceResponse(in_flight_request_count=count)
 
     async def GetInstance(self, request: pb.GetInstanceRequest, context: Context) -> pb.GetInstanceResponse:
@@ -118,7 +123,9 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
             force=request.force,
             cause=request.cause[:256],
         )
-        return pb.DrainInstanceResponse(instance=self._view(self._manager.instance(request.instance_id)))
+        response = pb.DrainInstanceResponse(instance=self._view(self._manager.instance(request.instance_id)))
+        await self._manager.journal_written()
+        return response
 
     async def Heartbeat(self, request_iterator: object, context: Context) -> None:  # type: ignore[override]
         """Take beats and acknowledge each."""

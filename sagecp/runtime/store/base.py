@@ -103,7 +103,11 @@ class Store(Protocol):
         """Return how the store does."""
 
     async def flush(self) -> None:
-        """Return when everything given so far is synced."""
+        """Return when everything given so far is synced.
+
+        Raises:
+            StoreError: It cannot be, for now.
+        """
 
     async def close(self) -> None:
         """Write what waits, and let go of everything. Idempotent."""
