@@ -70,9 +70,7 @@ class InstanceLifecycle:
         record.health.forget_progress(now)
         self.health.probe_soon(record, now)
         # A new registration may mean a new engine: its cache is taken for empty.
-        self._prefixes.remove_instance(record.instance_id)
-        capacity = event.instance.key_value_token_capacity or UNKNOWN_CAPACITY_TOKENS
-        self._prefixes.add_instance(record.instance_id, capacity // DIGEST_BLOCK_TOKENS)
+        self._expect_empty_cache(record)
         # An agent in a restart loop would have the same written down many times a second.
         if previous is None or previous.state is not record.state or previous.spec != record.spec:
             effects.append(fx.InstanceChanged(record.instance_id, record.state, None, "registered"))
@@ -106,9 +104,7 @@ class InstanceLifecycle:
             record.load.forget(now)
             # Closed for the work that the engine has lost.
             self._fleet.open_gate(record)
-            self._prefixes.remove_instance(record.instance_id)
-            capacity = record.spec.key_value_token_capacity or UNKNOWN_CAPACITY_TOKENS
-            self._prefixes.add_instance(record.instance_id, capacity // DIGEST_BLOCK_TOKENS)
+            self._expect_empty_cache(record)
             record.health.forget_progress(now)
             self.health.probe_soon(record, now)
         record.follow_gauges(event.gauges)
@@ -207,6 +203,11 @@ class InstanceLifecycle:
         record.lost_s = now
         record.forget_s = now + self._config.lost_retention_s
         heapq.heappush(self._forgets, (record.forget_s, record.instance_id))
+
+    def _expect_empty_cache(self, record: InstanceRecord) -> None:
+        self._prefixes.remove_instance(record.instance_id)
+        capacity = record.spec.key_value_token_capacity or UNKNOWN_CAPACITY_TOKENS
+        self._prefixes.add_instance(record.instance_id, capacity // DIGEST_BLOCK_TOKENS)
 
     def _remove(self, record: InstanceRecord) -> None:
         self._fleet.remove(record)

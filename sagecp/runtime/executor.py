@@ -223,15 +223,19 @@ class ExecutionCoordinator:
             return ExecutionResult(outcome)
         return ExecutionResult(outcome, "".join(collected.text), tuple(collected.token_ids))
 
+    def _attached(self, instance_id: str) -> _Engine:
+        engine = self._engines.get(instance_id)
+        if engine is None:
+            raise InstanceNotFoundError(instance_id)
+        return engine
+
     async def health_check(self, instance_id: str) -> EngineHealth:
         """Probe one instance.
 
         Raises:
             InstanceNotFoundError: It is not attached.
         """
-        engine = self._engines.get(instance_id)
-        if engine is None:
-            raise InstanceNotFoundError(instance_id)
+        engine = self._attached(instance_id)
         return await engine.client.health(self._config.health_timeout_s)
 
     async def answers(self, instance_id: str, timeout_s: float) -> bool:
@@ -249,9 +253,7 @@ class ExecutionCoordinator:
         Raises:
             InstanceNotFoundError: It is not attached.
         """
-        engine = self._engines.get(instance_id)
-        if engine is None:
-            raise InstanceNotFoundError(instance_id)
+        engine = self._attached(instance_id)
         return await engine.client.probe(
             engine.model_name, self._config.health_timeout_s if timeout_s is None else timeout_s
         )

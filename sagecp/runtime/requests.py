@@ -133,11 +133,6 @@ class RequestHandle:
             cached_prompt_token_count=outcome.cached_token_count,
         )
 
-    @property
-    def lost_count(self) -> int:
-        """Attempts that ended before the request did."""
-        return sum(attempt.failure is not None for attempt in self.attempts)
-
     def start_attempt(self, now: float) -> None:
         """Note a dispatch."""
         self.attempts.append(Attempt(self.record.epoch, self.record.instance_id, now))
