@@ -5,19 +5,15 @@ from __future__ import annotations
 import socket
 import time
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from sagecp.agent.config import AgentConfig
 from sagecp.agent.engine_probe import EngineFacts, Observation
 from sagecp.agent.gpu_probe import GpuReport
-from sagecp.core.types import EngineGauges, GpuReading
 from sagecp.v1 import fleet_service_pb2 as fleet
 from sagecp.v1 import instance_pb2, parallelism_pb2
+from sagecp.wire.engine import gauges_to_proto
+from sagecp.wire.gpu import reading_to_proto
+from sagecp.wire.times import timestamp
 
-_GAUGE_NAMES = tuple(field.name for field in instance_pb2.EngineGauges.DESCRIPTOR.fields)
-_GPU_NAMES = tuple(
-    field.name for field in instance_pb2.GpuReading.DESCRIPTOR.fields if field.name != "throttle_reasons"
-)
 _MAX_REASON_LENGTH = 512
 # Smaller than the control plane's bound of 64 KiB.
 _MAX_BEAT_BYTES = 60 << 10
@@ -83,10 +79,10 @@ def beat_to_proto(
         instance_id=instance_id,
         incarnation=incarnation,
         sequence=sequence,
-        agent_time=_now(),
+        agent_time=timestamp(time.time()),
         engine_condition=fleet.EngineCondition.ValueType(observation.condition.value),
         condition_reason=observation.reason[:_MAX_REASON_LENGTH],
-        gpus=[gpu_to_proto(reading) for reading in gpus.readings],
+        gpus=[reading_to_proto(reading) for reading in gpus.readings],
         gpu_absent_reason=gpus.absent_reason[:_MAX_REASON_LENGTH],
     )
     if observation.gauges is not None:
@@ -94,28 +90,3 @@ def beat_to_proto(
     while beat.ByteSize() > _MAX_BEAT_BYTES and beat.gpus:
         del beat.gpus[len(beat.gpus) // 2 :]
     return beat
-
-
-def gauges_to_proto(gauges: EngineGauges) -> instance_pb2.EngineGauges:
-    """Return gauges; unknown ones stay absent."""
-    message = instance_pb2.EngineGauges()
-    for name in _GAUGE_NAMES:
-        value = getattr(gauges, name)
-        if value is not None:
-            setattr(message, name, value)
-    return message
-
-
-def gpu_to_proto(reading: GpuReading) -> instance_pb2.GpuReading:
-    """Return a GPU's reading; unknown figures stay absent."""
-    message = instance_pb2.GpuReading(throttle_reasons=reading.throttle_reasons)
-    for name in _GPU_NAMES:
-        value = getattr(reading, name)
-        if value is not None:
-            setattr(message, name, value)
-    return message
-
-
-def _now() -> Timestamp:
-    seconds, nanos = divmod(time.time_ns(), 1_000_000_000)
-    return Timestamp(seconds=seconds, nanos=nanos)

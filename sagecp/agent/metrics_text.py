@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from sagecp.core.types import EngineGauges
 
@@ -107,6 +108,7 @@ class MetricsParser:
         if len(self._rest) > 1:
             self.feed(b"\n")
         usages = self._usages
+        counts: dict[str, Any] = {name: self._count(name) for name in _SUMMED.values()}
         return EngineMetrics(
             gauges=EngineGauges(
                 running_request_count=self._count("running", _UINT32_MAX),
@@ -114,7 +116,7 @@ class MetricsParser:
                 key_value_cache_usage=math.fsum(usages) / len(usages) if usages else None,
                 finished_request_count=self._count("finished"),
                 sleeping=not all(self._awake) if self._awake else None,
-                **{name: self._count(name) for name in _SUMMED.values()},
+                **counts,
             ),
             engine_count=len(self._ranks),
             max_key_value_cache_usage=max(usages, default=None),

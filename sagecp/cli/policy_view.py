@@ -8,9 +8,10 @@ from sagecp.cli import render
 from sagecp.cli.exit_codes import ExitCode
 from sagecp.cli.failures import CliError
 from sagecp.cli.json_output import print_message
-from sagecp.client import ConflictError, SageClient, convert
+from sagecp.client import ConflictError, SageClient
 from sagecp.v1 import admin_service_pb2 as pb
 from sagecp.v1 import scheduling_pb2
+from sagecp.wire.times import time_s
 
 
 async def fetch(client: SageClient) -> pb.GetSchedulingConfigResponse:
@@ -125,7 +126,7 @@ def _placement(config: scheduling_pb2.SchedulingConfig) -> str:
 
 
 def _version(config: scheduling_pb2.SchedulingConfig) -> list[tuple[str, str]]:
-    since = render.clock_time(convert.time_s(config.update_time))
+    since = render.clock_time(time_s(config.update_time))
     return [("version", f"{config.version}, since {since}"), ("comment", config.comment)]
 
 
@@ -143,7 +144,7 @@ def _row(config: scheduling_pb2.SchedulingConfig) -> tuple[str, ...]:
     )
     return (
         str(config.version),
-        render.clock_time(convert.time_s(config.update_time)).partition(".")[0],
+        render.clock_time(time_s(config.update_time)).partition(".")[0],
         config.scheduling_policy,
         _placement(config),
         changed or render.NONE,

@@ -45,6 +45,7 @@ from sagecp.v1 import (
     metrics_pb2,
     request_pb2,
 )
+from sagecp.wire.times import seconds_of
 
 _PAGE_SIZE = 200
 
@@ -296,8 +297,8 @@ class SageClient:
         )
         return Registration(
             instance=convert.instance(response.instance),
-            lease_duration_s=convert.duration_s(response.lease_duration),
-            heartbeat_interval_s=convert.duration_s(response.heartbeat_interval),
+            lease_duration_s=seconds_of(response.lease_duration),
+            heartbeat_interval_s=seconds_of(response.heartbeat_interval),
         )
 
     async def deregister_instance(self, instance_id: str, *, incarnation: int = 0, cause: str = "") -> int:

@@ -6,12 +6,10 @@ import dataclasses
 from typing import Any
 from urllib.parse import urlsplit
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from sagecp.client.errors import invalid_argument
-from sagecp.client.values import Chunk, Drain, Instance, Metrics
+from sagecp.client.values import Chunk, Drain, Instance, Metrics, Sleep
 from sagecp.core.errors import ErrorReason, Failure, FieldViolation
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
 from sagecp.core.prediction.step_time import StepTimeParameters
@@ -19,11 +17,9 @@ from sagecp.core.types import (
     AttemptRecord,
     CandidateScore,
     ControlPlaneStatus,
-    DurationQuantiles,
-    EngineGauges,
     ExecutionInstance,
-    GpuReading,
     InstanceState,
+    LoopStatus,
     PerformanceMetrics,
     RecentFault,
     RequestPriority,
@@ -41,6 +37,17 @@ from sagecp.v1 import (
     request_pb2,
     scheduling_pb2,
 )
+from sagecp.wire.engine import (
+    adapters_from_proto,
+    capabilities_from_proto,
+    capabilities_to_proto,
+    gauges_from_proto,
+    learned_from_proto,
+    process_from_proto,
+    quantiles_from_proto,
+)
+from sagecp.wire.gpu import device_from_proto, device_to_proto, fault_from_proto, reading_from_proto
+from sagecp.wire.times import seconds_of, time_s
 
 _ENGINE_KINDS = {
     instance_pb2.ENGINE_KIND_UNSPECIFIED: "vllm",
@@ -51,16 +58,6 @@ _ENGINE_KIND_NUMBERS = {
     "vllm": instance_pb2.ENGINE_KIND_VLLM,
     "simulated": instance_pb2.ENGINE_KIND_SIMULATED,
 }
-
-
-def time_s(moment: Timestamp) -> float:
-    """Return a Timestamp in Unix seconds."""
-    return moment.seconds + moment.nanos / 1e9
-
-
-def duration_s(span: Duration) -> float:
-    """Return a Duration in seconds."""
-    return span.seconds + span.nanos / 1e9
 
 
 def _given(message: Message, field: str) -> Any:  # noqa: ANN401 - the type is the field's
@@ -158,7 +155,7 @@ def decision(message: scheduling_pb2.SchedulingDecision) -> SchedulingDecision:
         epoch=message.epoch,
         instance_id=message.instance_id,
         decision_time_s=time_s(message.decision_time),
-        queue_wait_s=duration_s(message.queue_wait),
+        queue_wait_s=seconds_of(message.queue_wait),
         scheduling_policy=message.scheduling_policy,
         routing_strategy=message.routing_strategy,
         load_balancer=message.load_balancer,
@@ -203,17 +200,34 @@ def instance(message: instance_pb2.Instance) -> Instance:
         incarnation=message.incarnation,
         in_flight_request_count=message.in_flight_request_count,
         max_concurrent_request_count=message.max_concurrent_request_count,
-        engine=_gauges(message.engine) if message.HasField("engine") else None,
-        gpus=tuple(_gpu(each) for each in message.gpus),
+        engine=gauges_from_proto(message.engine) if message.HasField("engine") else None,
+        gpus=tuple(reading_from_proto(each) for each in message.gpus),
         gpu_absent_reason=message.gpu_absent_reason,
         register_time_s=time_s(message.register_time),
         heartbeat_time_s=_time_or_none(message, "heartbeat_time"),
         lease_expire_time_s=_time_or_none(message, "lease_expire_time"),
-        mean_ttft_s=duration_s(message.mean_ttft) if message.HasField("mean_ttft") else None,
+        mean_ttft_s=seconds_of(message.mean_ttft) if message.HasField("mean_ttft") else None,
         completed_request_count=message.completed_request_count,
         failed_attempt_count=message.failed_attempt_count,
         drain=_drain(message.drain) if message.HasField("drain") else None,
+        gpu_faults=tuple(fault_from_proto(each) for each in message.gpu_faults),
+        learned=learned_from_proto(message.learned) if message.HasField("learned") else None,
+        sleep=_sleep(message.sleep) if message.HasField("sleep") else None,
+        desired_lora_adapters=adapters_from_proto(message.desired_lora_adapters)
+        if message.HasField("desired_lora_adapters")
+        else None,
+        engine_process=process_from_proto(message.engine_process)
+        if message.HasField("engine_process")
+        else None,
+        clock_offset_s=seconds_of(message.clock_offset) if message.HasField("clock_offset") else None,
+        refused_heartbeat_count=message.refused_heartbeat_count,
+        heartbeat_refusal=message.heartbeat_refusal,
+        agent_version=message.agent_version,
     )
+
+
+def _sleep(message: instance_pb2.Sleep) -> Sleep:
+    return Sleep(begin_time_s=time_s(message.begin_time), level=message.level, asleep=message.asleep)
 
 
 def _drain(message: instance_pb2.Drain) -> Drain:
@@ -251,6 +265,9 @@ def _execution_instance(spec: instance_pb2.InstanceSpec) -> ExecutionInstance:
         usd_per_gpu_hour=_given(spec, "usd_per_gpu_hour"),
         host_id=spec.host_id,
         labels=dict(spec.labels),
+        gpu_devices=tuple(device_from_proto(each) for each in spec.gpu_devices),
+        engine_configuration=dict(spec.engine_configuration),
+        engine_capabilities=capabilities_from_proto(list(spec.engine_capabilities)),
     )
 
 
@@ -278,6 +295,9 @@ def instance_spec(value: ExecutionInstance) -> instance_pb2.InstanceSpec:
         engine_version=value.engine_version,
         host_id=value.host_id,
         labels=dict(value.labels),
+        gpu_devices=[device_to_proto(each) for each in value.gpu_devices],
+        engine_configuration=dict(value.engine_configuration),
+        engine_capabilities=capabilities_to_proto(value.engine_capabilities),
     )
     violations = []
     for name, number in optional.items():
@@ -303,30 +323,9 @@ def instance_spec(value: ExecutionInstance) -> instance_pb2.InstanceSpec:
     return spec
 
 
-def _gauges(message: instance_pb2.EngineGauges) -> EngineGauges:
-    # Only what is set: an absent gauge is unknown, not zero.
-    known = EngineGauges.__dataclass_fields__
-    return EngineGauges(**{d.name: value for d, value in message.ListFields() if d.name in known})
-
-
-def _gpu(message: instance_pb2.GpuReading) -> GpuReading:
-    known = GpuReading.__dataclass_fields__
-    values: dict[str, Any] = {d.name: value for d, value in message.ListFields() if d.name in known}
-    values["index"] = message.index
-    values["throttle_reasons"] = tuple(message.throttle_reasons)
-    return GpuReading(**values)
-
-
-def quantiles(message: metrics_pb2.DurationQuantiles) -> DurationQuantiles:
-    """Return quantiles of a duration."""
-    return DurationQuantiles(
-        message.sample_count, message.mean_s, message.p50_s, message.p95_s, message.p99_s
-    )
-
-
 def performance(message: metrics_pb2.PerformanceMetrics) -> PerformanceMetrics:
     """Return metrics."""
-    latency = quantiles(message.latency)
+    latency = quantiles_from_proto(message.latency)
     return PerformanceMetrics(
         total_requests=message.total_request_count,
         completed_requests=message.completed_request_count,
@@ -339,9 +338,9 @@ def performance(message: metrics_pb2.PerformanceMetrics) -> PerformanceMetrics:
         p95_latency_ms=latency.p95_s * 1000,
         p99_latency_ms=latency.p99_s * 1000,
         latency=latency,
-        ttft=quantiles(message.ttft),
-        tpot=quantiles(message.tpot),
-        queue_wait=quantiles(message.queue_wait),
+        ttft=quantiles_from_proto(message.ttft),
+        tpot=quantiles_from_proto(message.tpot),
+        queue_wait=quantiles_from_proto(message.queue_wait),
         tokens_per_second=message.tokens_per_second,
         requests_per_second=message.requests_per_second,
         average_gpu_utilization=_given(message, "average_gpu_utilization"),
@@ -356,7 +355,7 @@ def metrics(message: metrics_pb2.MetricsSnapshot) -> Metrics:
     """Return metrics at a time."""
     return Metrics(
         time_s=time_s(message.snapshot_time),
-        window_s=duration_s(message.window),
+        window_s=seconds_of(message.window),
         overall=performance(message.overall),
         groups={group.value: performance(group.metrics) for group in message.groups},
     )
@@ -367,7 +366,7 @@ def control_plane_status(message: admin_service_pb2.GetStatusResponse) -> Contro
     return ControlPlaneStatus(
         version=message.version,
         start_time_s=time_s(message.start_time),
-        uptime_s=duration_s(message.uptime),
+        uptime_s=seconds_of(message.uptime),
         accepting=message.accepting,
         scheduling_policy=message.scheduling.scheduling_policy,
         routing_strategy=message.scheduling.routing_strategy,
@@ -380,10 +379,23 @@ def control_plane_status(message: admin_service_pb2.GetStatusResponse) -> Contro
         active_requests=message.active_request_count,
         queued_requests=sum(message.queued_count_by_model.values()),
         queue_capacity=message.queue_capacity,
-        event_loop_lag_s=duration_s(message.event_loop_lag),
+        event_loop_lag_s=seconds_of(message.event_loop_lag),
         models=tuple(message.models),
         recent_faults=tuple(
             RecentFault(time_s(each.fault_time), each.message, each.instance_id, each.request_id)
             for each in message.recent_faults
         ),
+        queued_count_by_tenant=dict(message.queued_count_by_tenant),
+        loops=tuple(
+            LoopStatus(
+                each.name, seconds_of(each.interval), _time_or_none(each, "last_run_time"), each.run_count
+            )
+            for each in message.loops
+        ),
+        heartbeat_count=message.heartbeat_count,
+        refused_heartbeat_count_by_reason=dict(message.refused_heartbeat_count_by_reason),
+        cpu_seconds=message.cpu_seconds,
+        resident_memory_bytes=message.resident_memory_bytes,
+        last_event_sequence=message.last_event_sequence,
+        lease_duration_s=seconds_of(message.lease_duration),
     )

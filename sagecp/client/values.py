@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+from sagecp.core.engine_state import EngineProcess, LearnedPerformance, LoraAdapter
+from sagecp.core.gpu import GpuFault
 from sagecp.core.types import (
     EngineGauges,
     ExecutionInstance,
@@ -249,6 +251,21 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sleep:
+    """An order that an engine sleeps.
+
+    Attributes:
+        begin_time_s: When it was ordered, Unix seconds.
+        level: 1: weights in the host's memory. 2: weights dropped.
+        asleep: Whether the engine says that it sleeps.
+    """
+
+    begin_time_s: float
+    level: int = 1
+    asleep: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
     """An instance as the control plane sees it. Times are Unix seconds; ``None`` is unknown.
 
@@ -259,6 +276,14 @@ class Instance:
         gpu_absent_reason: Why there are no GPU readings.
         mean_ttft_s: Mean time to first token of its recent requests.
         drain: The order that it takes no new work; ``None``: there is none.
+        gpu_faults: What is wrong with its GPUs. Times in Unix seconds.
+        learned: How fast it is by what was seen of it, beside what its engine says.
+        sleep: The order that its engine sleeps; ``None``: there is none.
+        desired_lora_adapters: What it was told to have loaded; ``None``: nothing was said.
+        engine_process: Its engine's process, where its agent supervises it.
+        clock_offset_s: How far the clock of its agent is ahead of the control plane's.
+        refused_heartbeat_count: Heartbeats of it that were refused.
+        heartbeat_refusal: Why the last one was.
     """
 
     spec: ExecutionInstance
@@ -277,6 +302,15 @@ class Instance:
     completed_request_count: int = 0
     failed_attempt_count: int = 0
     drain: Drain | None = None
+    gpu_faults: tuple[GpuFault, ...] = ()
+    learned: LearnedPerformance | None = None
+    sleep: Sleep | None = None
+    desired_lora_adapters: tuple[LoraAdapter, ...] | None = None
+    engine_process: EngineProcess | None = None
+    clock_offset_s: float | None = None
+    refused_heartbeat_count: int = 0
+    heartbeat_refusal: str = ""
+    agent_version: str = ""
 
     @property
     def instance_id(self) -> str:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sagecp.core.duration_quantiles import NO_DURATIONS, DurationQuantiles
+from sagecp.core.engine_state import EngineCapability, EngineCondition, EngineGauges
 from sagecp.core.errors import ErrorReason, Failure, FieldViolation
+from sagecp.core.gpu import GpuDevice, GpuReading
 
 if TYPE_CHECKING:
     from sagecp.core.placement import PlacementInputs
@@ -19,6 +22,7 @@ __all__ = [
     "ControlPlaneStatus",
     "Durability",
     "DurationQuantiles",
+    "EngineCapability",
     "EngineCondition",
     "EngineGauges",
     "ErrorReason",
@@ -26,8 +30,10 @@ __all__ = [
     "FailoverMode",
     "Failure",
     "FieldViolation",
+    "GpuDevice",
     "GpuReading",
     "InstanceState",
+    "LoopStatus",
     "OpenAiApi",
     "ParallelismType",
     "PerformanceMetrics",
@@ -79,15 +85,6 @@ class InstanceState(enum.IntEnum):
     DRAINED = 4
     UNHEALTHY = 5
     LOST = 6
-
-
-class EngineCondition(enum.IntEnum):
-    """Result of a health check of an engine; numbers equal the contract's."""
-
-    UNKNOWN = 0
-    STARTING = 1
-    HEALTHY = 2
-    UNHEALTHY = 3
 
 
 class ParallelismType(enum.Enum):
@@ -268,6 +265,9 @@ class ExecutionInstance:
         api_key: Bearer token for the engine. Never shown or logged.
         step_time: What is known of its speed; ``None``: a prior for its GPU and
             model is used. Either way it is learned from there.
+        gpu_devices: The GPUs it runs on, as far as its agent knows them.
+        engine_configuration: Settings that tell apart two engines of one version.
+        engine_capabilities: What the engine can be told to do.
     """
 
     instance_id: str
@@ -293,6 +293,9 @@ class ExecutionInstance:
     labels: Mapping[str, str] = field(default_factory=dict)
     api_key: str = field(default="", repr=False)
     step_time: StepTimeParameters | None = None
+    gpu_devices: tuple[GpuDevice, ...] = ()
+    engine_configuration: Mapping[str, str] = field(default_factory=dict)
+    engine_capabilities: frozenset[EngineCapability] = frozenset()
 
     @property
     def engine_url(self) -> str:
@@ -304,44 +307,6 @@ class ExecutionInstance:
     def served_models(self) -> tuple[str, ...]:
         """Every name under which the instance takes requests."""
         return (self.model_name, *self.model_aliases)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineGauges:
-    """An engine's state as its metrics tell it; ``None`` is unknown, which is not zero.
-
-    Counts with ``_total`` meaning (tokens, preemptions, finished requests) run
-    from the engine's start.
-    """
-
-    running_request_count: int | None = None
-    waiting_request_count: int | None = None
-    key_value_cache_usage: float | None = None
-    prefix_cache_query_token_count: int | None = None
-    prefix_cache_hit_token_count: int | None = None
-    prompt_token_count: int | None = None
-    generation_token_count: int | None = None
-    preemption_count: int | None = None
-    finished_request_count: int | None = None
-    sleeping: bool | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuReading:
-    """State of one GPU; ``None`` is unknown, which is not zero."""
-
-    index: int
-    uuid: str = ""
-    name: str = ""
-    utilization: float | None = None
-    used_memory_bytes: int | None = None
-    total_memory_bytes: int | None = None
-    temperature_celsius: float | None = None
-    power_watts: float | None = None
-    power_limit_watts: float | None = None
-    sm_clock_mhz: int | None = None
-    throttle_reasons: tuple[str, ...] = ()
-    uncorrected_ecc_error_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,17 +395,6 @@ class RequestStatus:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class DurationQuantiles:
-    """Quantiles of a duration, in seconds; zeros when there is no sample."""
-
-    sample_count: int = 0
-    mean_s: float = 0.0
-    p50_s: float = 0.0
-    p95_s: float = 0.0
-    p99_s: float = 0.0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerformanceMetrics:
     """How the fleet does. Rates and quantiles are over a window, counts since the start.
@@ -458,10 +412,10 @@ class PerformanceMetrics:
     p50_latency_ms: float = 0.0
     p95_latency_ms: float = 0.0
     p99_latency_ms: float = 0.0
-    latency: DurationQuantiles = DurationQuantiles()
-    ttft: DurationQuantiles = DurationQuantiles()
-    tpot: DurationQuantiles = DurationQuantiles()
-    queue_wait: DurationQuantiles = DurationQuantiles()
+    latency: DurationQuantiles = NO_DURATIONS
+    ttft: DurationQuantiles = NO_DURATIONS
+    tpot: DurationQuantiles = NO_DURATIONS
+    queue_wait: DurationQuantiles = NO_DURATIONS
     tokens_per_second: float = 0.0
     requests_per_second: float = 0.0
     average_gpu_utilization: float | None = None
@@ -481,9 +435,27 @@ class RecentFault:
     request_id: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LoopStatus:
+    """One of the periodic loops of the server. ``last_run_time_s`` in Unix seconds; ``None``: not yet."""
+
+    name: str
+    interval_s: float
+    last_run_time_s: float | None = None
+    run_count: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlPlaneStatus:
-    """State of the control plane at one moment."""
+    """State of the control plane at one moment.
+
+    Attributes:
+        queued_count_by_tenant: Of the tenants with the most that waits.
+        refused_heartbeat_count_by_reason: Since the start, by the name of the reason.
+        cpu_seconds: CPU time of the process since it started.
+        resident_memory_bytes: Memory of the process; 0: unknown.
+        last_event_sequence: Of the latest event.
+    """
 
     version: str
     start_time_s: float
@@ -503,3 +475,11 @@ class ControlPlaneStatus:
     event_loop_lag_s: float
     models: tuple[str, ...]
     recent_faults: tuple[RecentFault, ...]
+    queued_count_by_tenant: Mapping[str, int] = field(default_factory=dict)
+    loops: tuple[LoopStatus, ...] = ()
+    heartbeat_count: int = 0
+    refused_heartbeat_count_by_reason: Mapping[str, int] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
+    resident_memory_bytes: int = 0
+    last_event_sequence: int = 0
+    lease_duration_s: float = 0.0

@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from sagecp.v1 import event_pb2 as sagecp_dot_v1_dot_event__pb2
 from sagecp.v1 import metrics_pb2 as sagecp_dot_v1_dot_metrics__pb2
 from sagecp.v1 import parallelism_pb2 as sagecp_dot_v1_dot_parallelism__pb2
 from sagecp.v1 import request_pb2 as sagecp_dot_v1_dot_request__pb2
 from sagecp.v1 import scheduling_pb2 as sagecp_dot_v1_dot_scheduling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsagecp/v1/admin_service.proto\x12\tsagecp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17sagecp/v1/metrics.proto\x1a\x1bsagecp/v1/parallelism.proto\x1a\x17sagecp/v1/request.proto\x1a\x1asagecp/v1/scheduling.proto\"\x8a\x02\n\x11GetMetricsRequest\x12\x31\n\x06window\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x06window\x12\x36\n\x08group_by\x18\x02 \x01(\x0e\x32\x1b.sagecp.v1.MetricsDimensionR\x07groupBy\x12\x14\n\x05model\x18\x03 \x01(\tR\x05model\x12\x1f\n\x0binstance_id\x18\x04 \x01(\tR\ninstanceId\x12\x1b\n\ttenant_id\x18\x05 \x01(\tR\x08tenantId\x12\x36\n\x08priority\x18\x06 \x01(\x0e\x32\x1a.sagecp.v1.RequestPriorityR\x08priority\"L\n\x12GetMetricsResponse\x12\x36\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1a.sagecp.v1.MetricsSnapshotR\x08snapshot\"\x80\x01\n\x13WatchMetricsRequest\x12\x32\n\x05query\x18\x01 \x01(\x0b\x32\x1c.sagecp.v1.GetMetricsRequestR\x05query\x12\x35\n\x08interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08interval\"N\n\x14WatchMetricsResponse\x12\x36\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1a.sagecp.v1.MetricsSnapshotR\x08snapshot\"\x12\n\x10GetStatusRequest\"\xa6\t\n\x11GetStatusResponse\x12\x18\n\x07version\x18\x01 \x01(\tR\x07version\x12\x39\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x31\n\x06uptime\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x06uptime\x12\x1c\n\taccepting\x18\x04 \x01(\x08R\taccepting\x12;\n\nscheduling\x18\x05 \x01(\x0b\x32\x1b.sagecp.v1.SchedulingConfigR\nscheduling\x12m\n\x17instance_count_by_state\x18\x06 \x03(\x0b\x32\x36.sagecp.v1.GetStatusResponse.InstanceCountByStateEntryR\x14instanceCountByState\x12g\n\x15queued_count_by_model\x18\x07 \x03(\x0b\x32\x34.sagecp.v1.GetStatusResponse.QueuedCountByModelEntryR\x12queuedCountByModel\x12p\n\x18queued_count_by_priority\x18\x08 \x03(\x0b\x32\x37.sagecp.v1.GetStatusResponse.QueuedCountByPriorityEntryR\x15queuedCountByPriority\x12\x30\n\x14\x61\x63tive_request_count\x18\t \x01(\rR\x12\x61\x63tiveRequestCount\x12%\n\x0equeue_capacity\x18\n \x01(\rR\rqueueCapacity\x12?\n\x0e\x65vent_loop_lag\x18\x0b \x01(\x0b\x32\x19.google.protobuf.DurationR\x0c\x65ventLoopLag\x12\x16\n\x06models\x18\x0c \x03(\tR\x06models\x12#\n\rpolicy_reason\x18\r \x01(\tR\x0cpolicyReason\x12;\n\rrecent_faults\x18\x0e \x03(\x0b\x32\x16.sagecp.v1.RecentFaultR\x0crecentFaults\x12&\n\x0fpolicy_in_force\x18\x0f \x01(\tR\rpolicyInForce\x12N\n\x13prediction_accuracy\x18\x10 \x03(\x0b\x32\x1d.sagecp.v1.PredictionAccuracyR\x12predictionAccuracy\x1aG\n\x19InstanceCountByStateEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\rR\x05value:\x02\x38\x01\x1a\x45\n\x17QueuedCountByModelEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\rR\x05value:\x02\x38\x01\x1aH\n\x1aQueuedCountByPriorityEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\rR\x05value:\x02\x38\x01\"\xd5\x01\n\x12PredictionAccuracy\x12\x1a\n\x08quantity\x18\x01 \x01(\tR\x08quantity\x12!\n\x0csample_count\x18\x02 \x01(\x04R\x0bsampleCount\x12\x12\n\x04\x62ias\x18\x03 \x01(\x01R\x04\x62ias\x12!\n\x0cmedian_error\x18\x04 \x01(\x01R\x0bmedianError\x12\x1b\n\tp90_error\x18\x05 \x01(\x01R\x08p90Error\x12\x1f\n\x08\x63overage\x18\x06 \x01(\x01H\x00R\x08\x63overage\x88\x01\x01\x42\x0b\n\t_coverage\"\xa2\x01\n\x0bRecentFault\x12\x39\n\nfault_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tfaultTime\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\x12\x1f\n\x0binstance_id\x18\x03 \x01(\tR\ninstanceId\x12\x1d\n\nrequest_id\x18\x04 \x01(\tR\trequestId\"\x1c\n\x1aGetSchedulingConfigRequest\"\xd6\x03\n\x1bGetSchedulingConfigResponse\x12\x33\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1b.sagecp.v1.SchedulingConfigR\x06\x63onfig\x12\x42\n\x1d\x61vailable_scheduling_policies\x18\x02 \x03(\tR\x1b\x61vailableSchedulingPolicies\x12@\n\x1c\x61vailable_routing_strategies\x18\x03 \x03(\tR\x1a\x61vailableRoutingStrategies\x12\x38\n\x18\x61vailable_load_balancers\x18\x04 \x03(\tR\x16\x61vailableLoadBalancers\x12>\n\nparameters\x18\x05 \x03(\x0b\x32\x1e.sagecp.v1.SchedulingParameterR\nparameters\x12\x35\n\x07history\x18\x06 \x03(\x0b\x32\x1b.sagecp.v1.SchedulingConfigR\x07history\x12&\n\x0fpolicy_in_force\x18\x07 \x01(\tR\rpolicyInForce\x12#\n\rpolicy_reason\x18\x08 \x01(\tR\x0cpolicyReason\"\xfb\x01\n\x1dUpdateSchedulingConfigRequest\x12\x33\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1b.sagecp.v1.SchedulingConfigR\x06\x63onfig\x12)\n\x10\x65xpected_version\x18\x02 \x01(\x04R\x0f\x65xpectedVersion\x12*\n\x11revert_to_version\x18\x03 \x01(\x04R\x0frevertToVersion\x12#\n\rvalidate_only\x18\x04 \x01(\x08R\x0cvalidateOnly\x12)\n\x10reset_parameters\x18\x05 \x01(\x08R\x0fresetParameters\"U\n\x1eUpdateSchedulingConfigResponse\x12\x33\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1b.sagecp.v1.SchedulingConfigR\x06\x63onfig\"\xde\x02\n\x16PlanParallelismRequest\x12\x1d\n\nmodel_name\x18\x01 \x01(\tR\tmodelName\x12\x36\n\x0bmodel_shape\x18\x02 \x01(\x0b\x32\x15.sagecp.v1.ModelShapeR\nmodelShape\x12/\n\tgpu_pools\x18\x03 \x03(\x0b\x32\x12.sagecp.v1.GpuPoolR\x08gpuPools\x12/\n\x08workload\x18\x04 \x01(\x0b\x32\x13.sagecp.v1.WorkloadR\x08workload\x12\x35\n\nobjectives\x18\x05 \x01(\x0b\x32\x15.sagecp.v1.ObjectivesR\nobjectives\x12.\n\x04type\x18\x06 \x01(\x0e\x32\x1a.sagecp.v1.ParallelismTypeR\x04type\x12$\n\x0emax_plan_count\x18\x07 \x01(\rR\x0cmaxPlanCount\"K\n\x17PlanParallelismResponse\x12\x30\n\x05plans\x18\x01 \x03(\x0b\x32\x1a.sagecp.v1.ParallelismPlanR\x05plans2\xa3\x04\n\x0c\x41\x64minService\x12I\n\nGetMetrics\x12\x1c.sagecp.v1.GetMetricsRequest\x1a\x1d.sagecp.v1.GetMetricsResponse\x12Q\n\x0cWatchMetrics\x12\x1e.sagecp.v1.WatchMetricsRequest\x1a\x1f.sagecp.v1.WatchMetricsResponse0\x01\x12\x46\n\tGetStatus\x12\x1b.sagecp.v1.GetStatusRequest\x1a\x1c.sagecp.v1.GetStatusResponse\x12\x64\n\x13GetSchedulingConfig\x12%.sagecp.v1.GetSchedulingConfigRequest\x1a&.sagecp.v1.GetSchedulingConfigResponse\x12m\n\x16UpdateSchedulingConfig\x12(.sagecp.v1.UpdateSchedulingConfigRequest\x1a).sagecp.v1.UpdateSchedulingConfigResponse\x12X\n\x0fPlanParallelism\x12!.sagecp.v1.PlanParallelismRequest\x1a\".sagecp.v1.PlanParallelismResponseBD\n\x0cio.sagecp.v1P\x01Z2github.com/sagecp/sagecp/gen/go/sagecp/v1;sagecpv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsagecp/v1/admin_service.proto\x12\tsagecp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15sagecp/v1/event.proto\x1a\x17sagecp/v1/metrics.proto\x1a\x1bsagecp/v1/parallelism.proto\x1a\x17sagecp/v1/request.proto\x1a\x1asagecp/v1/scheduling.proto\"\x8a\x02\n\x11GetMetricsRequest\x12\x31\n\x06window\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x06window\x12\x36\n\x08group_by\x18\x02 \x01(\x0e\x32\x1b.sagecp.v1.MetricsDimensionR\x07groupBy\x12\x14\n\x05model\x18\x03 \x01(\tR\x05model\x12\x1f\n\x0binstance_id\x18\x04 \x01(\tR\ninstanceId\x12\x1b\n\ttenant_id\x18\x05 \x01(\tR\x08tenantId\x12\x36\n\x08priority\x18\x06 \x01(\x0e\x32\x1a.sagecp.v1.RequestPriorityR\x08priority\"L\n\x12GetMetricsResponse\x12\x36\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1a.sagecp.v1.MetricsSnapshotR\x08snapshot\"\x80\x01\n\x13WatchMetricsRequest\x12\x32\n\x05query\x18\x01 \x01(\x0b\x32\x1c.sagecp.v1.GetMetricsRequestR\x05query\x12\x35\n\x08interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08interval\"N\n\x14WatchMetricsResponse\x12\x36\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1a.sagecp.v1.MetricsSnapshotR\x08snapshot\"\x97\x01\n\x0b\x45ventFilter\x12;\n\x0cmin_severity\x18\x01 \x01(\x0e\x32\x18.sagecp.v1.EventSeverityR\x0bminSeverity\x12*\n\x05kinds\x18\x02 \x03(\x0e\x32\x14.sagecp.v1.EventKindR\x05kinds\x12\x1f\n\x0binstance_id\x18\x03 \x01(\tR\ninstanceId\"\x7f\n\x11ListEventsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\x12.\n\x06\x66ilter\x18\x03 \x01(\x0b\x32\x16.sagecp.v1.EventFilterR\x06\x66ilter\"k\n\x12ListEventsResponse\x12-\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.sagecp.v1.FleetEventR\x06\x65vents\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x83\x01\n\x12WatchEventsRequest\x12*\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04H\x00R\rafterSequence\x88\x01\x01\x12.\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x16.sagecp.v1.EventFilterR\x06\x66ilterB\x11\n\x0f_after_sequence\"g\n\x13WatchEventsResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x15.sagecp.v1.FleetEventR\x05\x65vent\x12#\n\rskipped_count\x18\x02 \x01(\x04R\x0cskippedCount\"\x12\n\x10GetStatusRequest\"\xd5\x0e\n\x11GetStatusResponse\x12\x18\n\x07version\x18\x01 \x01(\tR\x07version\x12\x39\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tstartTime\x12\x31\n\x06uptime\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x06uptime\x12\x1c\n\taccepting\x18\x04 \x01(\x08R\taccepting\x12;\n\nscheduling\x18\x05 \x01(\x0b\x32\x1b.sagecp.v1.SchedulingConfigR\nscheduling\x12m\n\x17instance_count_by_state\x18\x06 \x03(\x0b\x32\x36.sagecp.v1.GetStatusResponse.InstanceCountByStateEntryR\x14instanceCountByState\x12g\n\x15queued_count_by_model\x18\x07 \x03(\x0b\x32\x34.sagecp.v1.GetStatusResponse.QueuedCountByModelEntryR\x12queuedCountByModel\x12p\n\x18queued_count_by_priority\x18\x08 \x03(\x0b\x32\x37.sagecp.v1.GetStatusResponse.QueuedCountByPriorityEntryR\x15queuedCountByPriority\x12\x30\n\x14\x61\x63tive_request_count\x18\t \x01(\rR\x12\x61\x63tiveRequestCount\x12%\n\x0equeue_capacity\x18\n \x01(\rR\rqueueCapacity\x12?\n\x0e\x65vent_loop_lag\x18\x0b \x01(\x0b\x32\x19.google.protobuf.DurationR\x0c\x65ventLoopLag\x12\x16\n\x06models\x18\x0c \x03(\tR\x06models\x12#\n\rpolicy_reason\x18\r \x01(\tR\x0cpolicyReason\x12;\n\rrecent_faults\x18\x0e \x03(\x0b\x32\x16.sagecp.v1.RecentFaultR\x0crecentFaults\x12&\n\x0fpolicy_in_force\x18\x0f \x01(\tR\rpolicyInForce\x12N\n\x13prediction_accuracy\x18\x10 \x03(\x0b\x32\x1d.sagecp.v1.PredictionAccuracyR\x12predictionAccuracy\x12j\n\x16queued_count_by_tenant\x18\x11 \x03(\x0b\x32\x35.sagecp.v1.GetStatusResponse.QueuedCountByTenantEntryR\x13queuedCountByTenant\x12+\n\x05loops\x18\x12 \x03(\x0b\x32\x15.sagecp.v1.LoopStatusR\x05loops\x12\'\n\x0fheartbeat_count\x18\x13 \x01(\x04R\x0eheartbeatCount\x12\x89\x01\n!refused_heartbeat_count_by_reason\x18\x14 \x03(\x0b\x32?.sagecp.v1.GetStatusResponse.RefusedHeartbeatCountByReasonEntryR\x1drefusedHeartbeatCountByReason\x12\x1f\n\x0b\x63pu_seconds\x18\x15 \x01(\x01R\ncpuSeconds\x12\x32\n\x15resident_memory_bytes\x18\x16 \x01(\x04R\x13residentMemoryBytes\x12.\n\x13last_event_sequence\x18\x17 \x01(\x04R\x11lastEventSequence\x12@\n\x0elease_duration\x18\x18 \x01(\x0b\x32\x19.google.protobuf.DurationR\rleaseDuration\x1aG\n\x19InstanceCountByStateEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\rR\x05value:\x02\x38\x01\x1a\x45\n\x17QueuedCountByModelEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\rR\x05value:\x02\x38\x01\x1aH\n\x1aQueuedCountByPriorityEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\rR\x05value:\x02\x38\x01\x1a\x46\n\x18QueuedCountByTenantEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\rR\x05value:\x02\x38\x01\x1aP\n\"RefusedHeartbeatCountByReasonEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x04R\x05value:\x02\x38\x01\"\xb4\x01\n\nLoopStatus\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x35\n\x08interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x08interval\x12>\n\rlast_run_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0blastRunTime\x12\x1b\n\trun_count\x18\x04 \x01(\x04R\x08runCount\"\xd5\x01\n\x12PredictionAccuracy\x12\x1a\n\x08quantity\x18\x01 \x01(\tR\x08quantity\x12!\n\x0csample_count\x18\x02 \x01(\x04R\x0bsampleCount\x12\x12\n\x04\x62ias\x18\x03 \x01(\x01R\x04\x62ias\x12!\n\x0cmedian_error\x18\x04 \x01(\x01R\x0bmedianError\x12\x1b\n\tp90_error\x18\x05 \x01(\x01R\x08p90Error\x12\x1f\n\x08\x63overage\x18\x06 \x01(\x01H\x00R\x08\x63overage\x88\x01\x01\x42\x0b\n\t_coverage\"\xa2\x01\n\x0bRecentFault\x12\x39\n\nfault_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tfaultTime\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\x12\x1f\n\x0binstance_id\x18\x03 \x01(\tR\ninstanceId\x12\x1d\n\nrequest_id\x18\x04 \x01(\tR\trequestId\"\x1c\n\x1aGetSchedulingConfigRequest\"\xd6\x03\n\x1bGetSchedulingConfigResponse\x12\x33\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1b.sagecp.v1.SchedulingConfigR\x06\x63onfig\x12\x42\n\x1d\x61vailable_scheduling_policies\x18\x02 \x03(\tR\x1b\x61vailableSchedulingPolicies\x12@\n\x1c\x61vailable_routing_strategies\x18\x03 \x03(\tR\x1a\x61vailableRoutingStrategies\x12\x38\n\x18\x61vailable_load_balancers\x18\x04 \x03(\tR\x16\x61vailableLoadBalancers\x12>\n\nparameters\x18\x05 \x03(\x0b\x32\x1e.sagecp.v1.SchedulingParameterR\nparameters\x12\x35\n\x07history\x18\x06 \x03(\x0b\x32\x1b.sagecp.v1.SchedulingConfigR\x07history\x12&\n\x0fpolicy_in_force\x18\x07 \x01(\tR\rpolicyInForce\x12#\n\rpolicy_reason\x18\x08 \x01(\tR\x0cpolicyReason\"\xfb\x01\n\x1dUpdateSchedulingConfigRequest\x12\x33\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1b.sagecp.v1.SchedulingConfigR\x06\x63onfig\x12)\n\x10\x65xpected_version\x18\x02 \x01(\x04R\x0f\x65xpectedVersion\x12*\n\x11revert_to_version\x18\x03 \x01(\x04R\x0frevertToVersion\x12#\n\rvalidate_only\x18\x04 \x01(\x08R\x0cvalidateOnly\x12)\n\x10reset_parameters\x18\x05 \x01(\x08R\x0fresetParameters\"U\n\x1eUpdateSchedulingConfigResponse\x12\x33\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1b.sagecp.v1.SchedulingConfigR\x06\x63onfig\"\xde\x02\n\x16PlanParallelismRequest\x12\x1d\n\nmodel_name\x18\x01 \x01(\tR\tmodelName\x12\x36\n\x0bmodel_shape\x18\x02 \x01(\x0b\x32\x15.sagecp.v1.ModelShapeR\nmodelShape\x12/\n\tgpu_pools\x18\x03 \x03(\x0b\x32\x12.sagecp.v1.GpuPoolR\x08gpuPools\x12/\n\x08workload\x18\x04 \x01(\x0b\x32\x13.sagecp.v1.WorkloadR\x08workload\x12\x35\n\nobjectives\x18\x05 \x01(\x0b\x32\x15.sagecp.v1.ObjectivesR\nobjectives\x12.\n\x04type\x18\x06 \x01(\x0e\x32\x1a.sagecp.v1.ParallelismTypeR\x04type\x12$\n\x0emax_plan_count\x18\x07 \x01(\rR\x0cmaxPlanCount\"K\n\x17PlanParallelismResponse\x12\x30\n\x05plans\x18\x01 \x03(\x0b\x32\x1a.sagecp.v1.ParallelismPlanR\x05plans2\xbe\x05\n\x0c\x41\x64minService\x12I\n\nGetMetrics\x12\x1c.sagecp.v1.GetMetricsRequest\x1a\x1d.sagecp.v1.GetMetricsResponse\x12Q\n\x0cWatchMetrics\x12\x1e.sagecp.v1.WatchMetricsRequest\x1a\x1f.sagecp.v1.WatchMetricsResponse0\x01\x12I\n\nListEvents\x12\x1c.sagecp.v1.ListEventsRequest\x1a\x1d.sagecp.v1.ListEventsResponse\x12N\n\x0bWatchEvents\x12\x1d.sagecp.v1.WatchEventsRequest\x1a\x1e.sagecp.v1.WatchEventsResponse0\x01\x12\x46\n\tGetStatus\x12\x1b.sagecp.v1.GetStatusRequest\x1a\x1c.sagecp.v1.GetStatusResponse\x12\x64\n\x13GetSchedulingConfig\x12%.sagecp.v1.GetSchedulingConfigRequest\x1a&.sagecp.v1.GetSchedulingConfigResponse\x12m\n\x16UpdateSchedulingConfig\x12(.sagecp.v1.UpdateSchedulingConfigRequest\x1a).sagecp.v1.UpdateSchedulingConfigResponse\x12X\n\x0fPlanParallelism\x12!.sagecp.v1.PlanParallelismRequest\x1a\".sagecp.v1.PlanParallelismResponseBD\n\x0cio.sagecp.v1P\x01Z2github.com/sagecp/sagecp/gen/go/sagecp/v1;sagecpv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,40 +45,60 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYMODELENTRY']._serialized_options = b'8\001'
   _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYPRIORITYENTRY']._loaded_options = None
   _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYPRIORITYENTRY']._serialized_options = b'8\001'
-  _globals['_GETMETRICSREQUEST']._serialized_start=217
-  _globals['_GETMETRICSREQUEST']._serialized_end=483
-  _globals['_GETMETRICSRESPONSE']._serialized_start=485
-  _globals['_GETMETRICSRESPONSE']._serialized_end=561
-  _globals['_WATCHMETRICSREQUEST']._serialized_start=564
-  _globals['_WATCHMETRICSREQUEST']._serialized_end=692
-  _globals['_WATCHMETRICSRESPONSE']._serialized_start=694
-  _globals['_WATCHMETRICSRESPONSE']._serialized_end=772
-  _globals['_GETSTATUSREQUEST']._serialized_start=774
-  _globals['_GETSTATUSREQUEST']._serialized_end=792
-  _globals['_GETSTATUSRESPONSE']._serialized_start=795
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1985
-  _globals['_GETSTATUSRESPONSE_INSTANCECOUNTBYSTATEENTRY']._serialized_start=1769
-  _globals['_GETSTATUSRESPONSE_INSTANCECOUNTBYSTATEENTRY']._serialized_end=1840
-  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYMODELENTRY']._serialized_start=1842
-  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYMODELENTRY']._serialized_end=1911
-  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYPRIORITYENTRY']._serialized_start=1913
-  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYPRIORITYENTRY']._serialized_end=1985
-  _globals['_PREDICTIONACCURACY']._serialized_start=1988
-  _globals['_PREDICTIONACCURACY']._serialized_end=2201
-  _globals['_RECENTFAULT']._serialized_start=2204
-  _globals['_RECENTFAULT']._serialized_end=2366
-  _globals['_GETSCHEDULINGCONFIGREQUEST']._serialized_start=2368
-  _globals['_GETSCHEDULINGCONFIGREQUEST']._serialized_end=2396
-  _globals['_GETSCHEDULINGCONFIGRESPONSE']._serialized_start=2399
-  _globals['_GETSCHEDULINGCONFIGRESPONSE']._serialized_end=2869
-  _globals['_UPDATESCHEDULINGCONFIGREQUEST']._serialized_start=2872
-  _globals['_UPDATESCHEDULINGCONFIGREQUEST']._serialized_end=3123
-  _globals['_UPDATESCHEDULINGCONFIGRESPONSE']._serialized_start=3125
-  _globals['_UPDATESCHEDULINGCONFIGRESPONSE']._serialized_end=3210
-  _globals['_PLANPARALLELISMREQUEST']._serialized_start=3213
-  _globals['_PLANPARALLELISMREQUEST']._serialized_end=3563
-  _globals['_PLANPARALLELISMRESPONSE']._serialized_start=3565
-  _globals['_PLANPARALLELISMRESPONSE']._serialized_end=3640
-  _globals['_ADMINSERVICE']._serialized_start=3643
-  _globals['_ADMINSERVICE']._serialized_end=4190
+  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYTENANTENTRY']._loaded_options = None
+  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYTENANTENTRY']._serialized_options = b'8\001'
+  _globals['_GETSTATUSRESPONSE_REFUSEDHEARTBEATCOUNTBYREASONENTRY']._loaded_options = None
+  _globals['_GETSTATUSRESPONSE_REFUSEDHEARTBEATCOUNTBYREASONENTRY']._serialized_options = b'8\001'
+  _globals['_GETMETRICSREQUEST']._serialized_start=240
+  _globals['_GETMETRICSREQUEST']._serialized_end=506
+  _globals['_GETMETRICSRESPONSE']._serialized_start=508
+  _globals['_GETMETRICSRESPONSE']._serialized_end=584
+  _globals['_WATCHMETRICSREQUEST']._serialized_start=587
+  _globals['_WATCHMETRICSREQUEST']._serialized_end=715
+  _globals['_WATCHMETRICSRESPONSE']._serialized_start=717
+  _globals['_WATCHMETRICSRESPONSE']._serialized_end=795
+  _globals['_EVENTFILTER']._serialized_start=798
+  _globals['_EVENTFILTER']._serialized_end=949
+  _globals['_LISTEVENTSREQUEST']._serialized_start=951
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1078
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1080
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1187
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1190
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1321
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1323
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1426
+  _globals['_GETSTATUSREQUEST']._serialized_start=1428
+  _globals['_GETSTATUSREQUEST']._serialized_end=1446
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1449
+  _globals['_GETSTATUSRESPONSE']._serialized_end=3326
+  _globals['_GETSTATUSRESPONSE_INSTANCECOUNTBYSTATEENTRY']._serialized_start=2956
+  _globals['_GETSTATUSRESPONSE_INSTANCECOUNTBYSTATEENTRY']._serialized_end=3027
+  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYMODELENTRY']._serialized_start=3029
+  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYMODELENTRY']._serialized_end=3098
+  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYPRIORITYENTRY']._serialized_start=3100
+  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYPRIORITYENTRY']._serialized_end=3172
+  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYTENANTENTRY']._serialized_start=3174
+  _globals['_GETSTATUSRESPONSE_QUEUEDCOUNTBYTENANTENTRY']._serialized_end=3244
+  _globals['_GETSTATUSRESPONSE_REFUSEDHEARTBEATCOUNTBYREASONENTRY']._serialized_start=3246
+  _globals['_GETSTATUSRESPONSE_REFUSEDHEARTBEATCOUNTBYREASONENTRY']._serialized_end=3326
+  _globals['_LOOPSTATUS']._serialized_start=3329
+  _globals['_LOOPSTATUS']._serialized_end=3509
+  _globals['_PREDICTIONACCURACY']._serialized_start=3512
+  _globals['_PREDICTIONACCURACY']._serialized_end=3725
+  _globals['_RECENTFAULT']._serialized_start=3728
+  _globals['_RECENTFAULT']._serialized_end=3890
+  _globals['_GETSCHEDULINGCONFIGREQUEST']._serialized_start=3892
+  _globals['_GETSCHEDULINGCONFIGREQUEST']._serialized_end=3920
+  _globals['_GETSCHEDULINGCONFIGRESPONSE']._serialized_start=3923
+  _globals['_GETSCHEDULINGCONFIGRESPONSE']._serialized_end=4393
+  _globals['_UPDATESCHEDULINGCONFIGREQUEST']._serialized_start=4396
+  _globals['_UPDATESCHEDULINGCONFIGREQUEST']._serialized_end=4647
+  _globals['_UPDATESCHEDULINGCONFIGRESPONSE']._serialized_start=4649
+  _globals['_UPDATESCHEDULINGCONFIGRESPONSE']._serialized_end=4734
+  _globals['_PLANPARALLELISMREQUEST']._serialized_start=4737
+  _globals['_PLANPARALLELISMREQUEST']._serialized_end=5087
+  _globals['_PLANPARALLELISMRESPONSE']._serialized_start=5089
+  _globals['_PLANPARALLELISMRESPONSE']._serialized_end=5164
+  _globals['_ADMINSERVICE']._serialized_start=5167
+  _globals['_ADMINSERVICE']._serialized_end=5869
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from sagecp.v1 import event_pb2 as _event_pb2
 from sagecp.v1 import metrics_pb2 as _metrics_pb2
 from sagecp.v1 import parallelism_pb2 as _parallelism_pb2
 from sagecp.v1 import request_pb2 as _request_pb2
@@ -147,6 +148,158 @@ class WatchMetricsResponse(_message.Message):
 Global___WatchMetricsResponse: _TypeAlias = WatchMetricsResponse  # noqa: Y015
 
 @_typing.final
+class EventFilter(_message.Message):
+    """EventFilter chooses among events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_SEVERITY_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    min_severity: _event_pb2.EventSeverity.ValueType
+    """Only this severity and above. Absent: all."""
+    instance_id: _builtins.str
+    """Only of this instance. Empty: all."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_event_pb2.EventKind.ValueType]:
+        """Only these kinds. Empty: all."""
+
+    def __init__(
+        self,
+        *,
+        min_severity: _event_pb2.EventSeverity.ValueType = ...,
+        kinds: _abc.Iterable[_event_pb2.EventKind.ValueType] | None = ...,
+        instance_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "kinds", b"kinds", "min_severity", b"min_severity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventFilter: _TypeAlias = EventFilter  # noqa: Y015
+
+@_typing.final
+class ListEventsRequest(_message.Message):
+    """ListEventsRequest asks for events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most entries to return, 1 to 1,000. 0: 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before. Empty: the first page."""
+    @_builtins.property
+    def filter(self) -> Global___EventFilter:
+        """Which ones."""
+
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: Global___EventFilter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEventsRequest: _TypeAlias = ListEventsRequest  # noqa: Y015
+
+@_typing.final
+class ListEventsResponse(_message.Message):
+    """ListEventsResponse returns a page of events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page. Empty on the last one."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.FleetEvent]:
+        """The events, newest first."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[_event_pb2.FleetEvent] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEventsResponse: _TypeAlias = ListEventsResponse  # noqa: Y015
+
+@_typing.final
+class WatchEventsRequest(_message.Message):
+    """WatchEventsRequest asks for events as they happen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    after_sequence: _builtins.int
+    """Events after this one, as far as they are kept. Absent: from now on."""
+    @_builtins.property
+    def filter(self) -> Global___EventFilter:
+        """Which ones."""
+
+    def __init__(
+        self,
+        *,
+        after_sequence: _builtins.int | None = ...,
+        filter: Global___EventFilter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "filter", b"filter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__after_sequence: _TypeAlias = _typing.Literal["after_sequence"]  # noqa: Y015
+    _WhichOneofArgType__after_sequence: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_sequence) -> _WhichOneofReturnType__after_sequence | None: ...
+
+Global___WatchEventsRequest: _TypeAlias = WatchEventsRequest  # noqa: Y015
+
+@_typing.final
+class WatchEventsResponse(_message.Message):
+    """WatchEventsResponse is one event."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    SKIPPED_COUNT_FIELD_NUMBER: _builtins.int
+    skipped_count: _builtins.int
+    """Events before this one that were dropped, because the reader was too slow or asked for
+    more than is kept.
+    """
+    @_builtins.property
+    def event(self) -> _event_pb2.FleetEvent:
+        """The event."""
+
+    def __init__(
+        self,
+        *,
+        event: _event_pb2.FleetEvent | None = ...,
+        skipped_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "skipped_count", b"skipped_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEventsResponse: _TypeAlias = WatchEventsResponse  # noqa: Y015
+
+@_typing.final
 class GetStatusRequest(_message.Message):
     """GetStatusRequest asks for the state of the control plane."""
 
@@ -229,6 +382,46 @@ class GetStatusResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class QueuedCountByTenantEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class RefusedHeartbeatCountByReasonEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     UPTIME_FIELD_NUMBER: _builtins.int
@@ -245,6 +438,14 @@ class GetStatusResponse(_message.Message):
     RECENT_FAULTS_FIELD_NUMBER: _builtins.int
     POLICY_IN_FORCE_FIELD_NUMBER: _builtins.int
     PREDICTION_ACCURACY_FIELD_NUMBER: _builtins.int
+    QUEUED_COUNT_BY_TENANT_FIELD_NUMBER: _builtins.int
+    LOOPS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_COUNT_FIELD_NUMBER: _builtins.int
+    REFUSED_HEARTBEAT_COUNT_BY_REASON_FIELD_NUMBER: _builtins.int
+    CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    RESIDENT_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    LAST_EVENT_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LEASE_DURATION_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the server."""
     accepting: _builtins.bool
@@ -259,6 +460,14 @@ class GetStatusResponse(_message.Message):
     """Policy that orders the queue: another than `scheduling.scheduling_policy`
     where that one chooses among policies.
     """
+    heartbeat_count: _builtins.int
+    """Heartbeats taken since the start."""
+    cpu_seconds: _builtins.float
+    """CPU time of the server's process since it started, seconds."""
+    resident_memory_bytes: _builtins.int
+    """Memory of the server's process, bytes. 0: unknown."""
+    last_event_sequence: _builtins.int
+    """Sequence number of the latest event."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it started."""
@@ -299,6 +508,22 @@ class GetStatusResponse(_message.Message):
     def prediction_accuracy(self) -> _containers.RepeatedCompositeFieldContainer[Global___PredictionAccuracy]:
         """How right recent predictions were, one entry per quantity of which any were compared."""
 
+    @_builtins.property
+    def queued_count_by_tenant(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Waiting requests by tenant, of the tenants with the most; at most 100."""
+
+    @_builtins.property
+    def loops(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoopStatus]:
+        """The periodic loops."""
+
+    @_builtins.property
+    def refused_heartbeat_count_by_reason(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Heartbeats refused since the start, by the name of the reason."""
+
+    @_builtins.property
+    def lease_duration(self) -> _duration_pb2.Duration:
+        """Time of a lease: an agent that is silent for so long has lost its instance."""
+
     def __init__(
         self,
         *,
@@ -318,14 +543,60 @@ class GetStatusResponse(_message.Message):
         recent_faults: _abc.Iterable[Global___RecentFault] | None = ...,
         policy_in_force: _builtins.str = ...,
         prediction_accuracy: _abc.Iterable[Global___PredictionAccuracy] | None = ...,
+        queued_count_by_tenant: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        loops: _abc.Iterable[Global___LoopStatus] | None = ...,
+        heartbeat_count: _builtins.int = ...,
+        refused_heartbeat_count_by_reason: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        cpu_seconds: _builtins.float = ...,
+        resident_memory_bytes: _builtins.int = ...,
+        last_event_sequence: _builtins.int = ...,
+        lease_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event_loop_lag", b"event_loop_lag", "scheduling", b"scheduling", "start_time", b"start_time", "uptime", b"uptime"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event_loop_lag", b"event_loop_lag", "lease_duration", b"lease_duration", "scheduling", b"scheduling", "start_time", b"start_time", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepting", b"accepting", "active_request_count", b"active_request_count", "event_loop_lag", b"event_loop_lag", "instance_count_by_state", b"instance_count_by_state", "models", b"models", "policy_in_force", b"policy_in_force", "policy_reason", b"policy_reason", "prediction_accuracy", b"prediction_accuracy", "queue_capacity", b"queue_capacity", "queued_count_by_model", b"queued_count_by_model", "queued_count_by_priority", b"queued_count_by_priority", "recent_faults", b"recent_faults", "scheduling", b"scheduling", "start_time", b"start_time", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepting", b"accepting", "active_request_count", b"active_request_count", "cpu_seconds", b"cpu_seconds", "event_loop_lag", b"event_loop_lag", "heartbeat_count", b"heartbeat_count", "instance_count_by_state", b"instance_count_by_state", "last_event_sequence", b"last_event_sequence", "lease_duration", b"lease_duration", "loops", b"loops", "models", b"models", "policy_in_force", b"policy_in_force", "policy_reason", b"policy_reason", "prediction_accuracy", b"prediction_accuracy", "queue_capacity", b"queue_capacity", "queued_count_by_model", b"queued_count_by_model", "queued_count_by_priority", b"queued_count_by_priority", "queued_count_by_tenant", b"queued_count_by_tenant", "recent_faults", b"recent_faults", "refused_heartbeat_count_by_reason", b"refused_heartbeat_count_by_reason", "resident_memory_bytes", b"resident_memory_bytes", "scheduling", b"scheduling", "start_time", b"start_time", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class LoopStatus(_message.Message):
+    """LoopStatus is one of the periodic loops of the server."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    INTERVAL_FIELD_NUMBER: _builtins.int
+    LAST_RUN_TIME_FIELD_NUMBER: _builtins.int
+    RUN_COUNT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name: "scheduling", "engine_health", "monitoring", "heartbeat"."""
+    run_count: _builtins.int
+    """How often it has run."""
+    @_builtins.property
+    def interval(self) -> _duration_pb2.Duration:
+        """How often it runs; for "heartbeat", how often agents are asked to report."""
+
+    @_builtins.property
+    def last_run_time(self) -> _timestamp_pb2.Timestamp:
+        """When it last ran. Absent: not yet."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        interval: _duration_pb2.Duration | None = ...,
+        last_run_time: _timestamp_pb2.Timestamp | None = ...,
+        run_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval", "last_run_time", b"last_run_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval", "last_run_time", b"last_run_time", "name", b"name", "run_count", b"run_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoopStatus: _TypeAlias = LoopStatus  # noqa: Y015
 
 @_typing.final
 class PredictionAccuracy(_message.Message):

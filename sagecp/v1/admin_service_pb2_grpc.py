@@ -45,6 +45,16 @@ class AdminServiceStub(object):
                 request_serializer=sagecp_dot_v1_dot_admin__service__pb2.WatchMetricsRequest.SerializeToString,
                 response_deserializer=sagecp_dot_v1_dot_admin__service__pb2.WatchMetricsResponse.FromString,
                 _registered_method=True)
+        self.ListEvents = channel.unary_unary(
+                '/sagecp.v1.AdminService/ListEvents',
+                request_serializer=sagecp_dot_v1_dot_admin__service__pb2.ListEventsRequest.SerializeToString,
+                response_deserializer=sagecp_dot_v1_dot_admin__service__pb2.ListEventsResponse.FromString,
+                _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/sagecp.v1.AdminService/WatchEvents',
+                request_serializer=sagecp_dot_v1_dot_admin__service__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=sagecp_dot_v1_dot_admin__service__pb2.WatchEventsResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/sagecp.v1.AdminService/GetStatus',
                 request_serializer=sagecp_dot_v1_dot_admin__service__pb2.GetStatusRequest.SerializeToString,
@@ -80,6 +90,20 @@ class AdminServiceServicer(object):
 
     def WatchMetrics(self, request, context):
         """WatchMetrics sends a snapshot at every interval.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEvents(self, request, context):
+        """ListEvents returns what happened to the fleet of late, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEvents(self, request, context):
+        """WatchEvents sends what happened since a sequence number, then what happens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +149,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.WatchMetrics,
                     request_deserializer=sagecp_dot_v1_dot_admin__service__pb2.WatchMetricsRequest.FromString,
                     response_serializer=sagecp_dot_v1_dot_admin__service__pb2.WatchMetricsResponse.SerializeToString,
+            ),
+            'ListEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEvents,
+                    request_deserializer=sagecp_dot_v1_dot_admin__service__pb2.ListEventsRequest.FromString,
+                    response_serializer=sagecp_dot_v1_dot_admin__service__pb2.ListEventsResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=sagecp_dot_v1_dot_admin__service__pb2.WatchEventsRequest.FromString,
+                    response_serializer=sagecp_dot_v1_dot_admin__service__pb2.WatchEventsResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -202,6 +236,60 @@ class AdminService(object):
             '/sagecp.v1.AdminService/WatchMetrics',
             sagecp_dot_v1_dot_admin__service__pb2.WatchMetricsRequest.SerializeToString,
             sagecp_dot_v1_dot_admin__service__pb2.WatchMetricsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagecp.v1.AdminService/ListEvents',
+            sagecp_dot_v1_dot_admin__service__pb2.ListEventsRequest.SerializeToString,
+            sagecp_dot_v1_dot_admin__service__pb2.ListEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sagecp.v1.AdminService/WatchEvents',
+            sagecp_dot_v1_dot_admin__service__pb2.WatchEventsRequest.SerializeToString,
+            sagecp_dot_v1_dot_admin__service__pb2.WatchEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class AdminServiceStub:
     """GetMetrics returns how the fleet does."""
     WatchMetrics: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.WatchMetricsRequest, _admin_service_pb2.WatchMetricsResponse]
     """WatchMetrics sends a snapshot at every interval."""
+    ListEvents: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListEventsRequest, _admin_service_pb2.ListEventsResponse]
+    """ListEvents returns what happened to the fleet of late, newest first."""
+    WatchEvents: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.WatchEventsRequest, _admin_service_pb2.WatchEventsResponse]
+    """WatchEvents sends what happened since a sequence number, then what happens."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetStatusRequest, _admin_service_pb2.GetStatusResponse]
     """GetStatus returns the state of the control plane."""
     GetSchedulingConfig: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetSchedulingConfigRequest, _admin_service_pb2.GetSchedulingConfigResponse]
@@ -55,6 +59,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """GetMetrics returns how the fleet does."""
     WatchMetrics: _aio.UnaryStreamMultiCallable[_admin_service_pb2.WatchMetricsRequest, _admin_service_pb2.WatchMetricsResponse]  # type: ignore[assignment]
     """WatchMetrics sends a snapshot at every interval."""
+    ListEvents: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListEventsRequest, _admin_service_pb2.ListEventsResponse]  # type: ignore[assignment]
+    """ListEvents returns what happened to the fleet of late, newest first."""
+    WatchEvents: _aio.UnaryStreamMultiCallable[_admin_service_pb2.WatchEventsRequest, _admin_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
+    """WatchEvents sends what happened since a sequence number, then what happens."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetStatusRequest, _admin_service_pb2.GetStatusResponse]  # type: ignore[assignment]
     """GetStatus returns the state of the control plane."""
     GetSchedulingConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetSchedulingConfigRequest, _admin_service_pb2.GetSchedulingConfigResponse]  # type: ignore[assignment]
@@ -82,6 +90,22 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.WatchMetricsResponse], _abc.AsyncIterator[_admin_service_pb2.WatchMetricsResponse]]:
         """WatchMetrics sends a snapshot at every interval."""
+
+    @_abc_1.abstractmethod
+    def ListEvents(
+        self,
+        request: _admin_service_pb2.ListEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListEventsResponse, _abc.Awaitable[_admin_service_pb2.ListEventsResponse]]:
+        """ListEvents returns what happened to the fleet of late, newest first."""
+
+    @_abc_1.abstractmethod
+    def WatchEvents(
+        self,
+        request: _admin_service_pb2.WatchEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.WatchEventsResponse], _abc.AsyncIterator[_admin_service_pb2.WatchEventsResponse]]:
+        """WatchEvents sends what happened since a sequence number, then what happens."""
 
     @_abc_1.abstractmethod
     def GetStatus(

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sagecp.v1 import instance_pb2 as sagecp_dot_v1_dot_instance__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsagecp/v1/fleet_service.proto\x12\tsagecp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sagecp/v1/instance.proto\"\x8d\x01\n\x17RegisterInstanceRequest\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x17.sagecp.v1.InstanceSpecR\x04spec\x12 \n\x0bincarnation\x18\x02 \x01(\x04R\x0bincarnation\x12#\n\ragent_version\x18\x03 \x01(\tR\x0c\x61gentVersion\"\xd7\x01\n\x18RegisterInstanceResponse\x12/\n\x08instance\x18\x01 \x01(\x0b\x32\x13.sagecp.v1.InstanceR\x08instance\x12@\n\x0elease_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\rleaseDuration\x12H\n\x12heartbeat_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x11heartbeatInterval\"t\n\x19\x44\x65registerInstanceRequest\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12 \n\x0bincarnation\x18\x02 \x01(\x04R\x0bincarnation\x12\x14\n\x05\x63\x61use\x18\x03 \x01(\tR\x05\x63\x61use\"S\n\x1a\x44\x65registerInstanceResponse\x12\x35\n\x17in_flight_request_count\x18\x01 \x01(\rR\x14inFlightRequestCount\"5\n\x12GetInstanceRequest\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\"F\n\x13GetInstanceResponse\x12/\n\x08instance\x18\x01 \x01(\x0b\x32\x13.sagecp.v1.InstanceR\x08instance\"\x9a\x01\n\x14ListInstancesRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\x12\x30\n\x06states\x18\x03 \x03(\x0e\x32\x18.sagecp.v1.InstanceStateR\x06states\x12\x14\n\x05model\x18\x04 \x01(\tR\x05model\"r\n\x15ListInstancesResponse\x12\x31\n\tinstances\x18\x01 \x03(\x0b\x32\x13.sagecp.v1.InstanceR\tinstances\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xd7\x01\n\x14\x44rainInstanceRequest\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12\x12\n\x04undo\x18\x02 \x01(\x08R\x04undo\x12<\n\x0cgrace_period\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0bgracePeriod\x12\x14\n\x05\x66orce\x18\x04 \x01(\x08R\x05\x66orce\x12 \n\x0bincarnation\x18\x05 \x01(\x04R\x0bincarnation\x12\x14\n\x05\x63\x61use\x18\x06 \x01(\tR\x05\x63\x61use\"H\n\x15\x44rainInstanceResponse\x12/\n\x08instance\x18\x01 \x01(\x0b\x32\x13.sagecp.v1.InstanceR\x08instance\"\xee\x03\n\x10HeartbeatRequest\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12 \n\x0bincarnation\x18\x02 \x01(\x04R\x0bincarnation\x12\x1a\n\x08sequence\x18\x03 \x01(\x04R\x08sequence\x12\x39\n\nagent_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tagentTime\x12\x45\n\x10\x65ngine_condition\x18\x05 \x01(\x0e\x32\x1a.sagecp.v1.EngineConditionR\x0f\x65ngineCondition\x12)\n\x10\x63ondition_reason\x18\x06 \x01(\tR\x0f\x63onditionReason\x12/\n\x06\x65ngine\x18\x07 \x01(\x0b\x32\x17.sagecp.v1.EngineGaugesR\x06\x65ngine\x12)\n\x04gpus\x18\x08 \x03(\x0b\x32\x15.sagecp.v1.GpuReadingR\x04gpus\x12*\n\x11gpu_absent_reason\x18\t \x01(\tR\x0fgpuAbsentReason\x12,\n\x12\x61\x63tive_request_ids\x18\n \x03(\tR\x10\x61\x63tiveRequestIds\x12\x18\n\x07goodbye\x18\x0b \x01(\x08R\x07goodbye\"\xb8\x02\n\x11HeartbeatResponse\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12\x33\n\x15\x61\x63knowledged_sequence\x18\x02 \x01(\x04R\x14\x61\x63knowledgedSequence\x12<\n\rdesired_state\x18\x03 \x01(\x0e\x32\x17.sagecp.v1.DesiredStateR\x0c\x64\x65siredState\x12>\n\rnext_interval\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0cnextInterval\x12*\n\x11\x61\x62ort_request_ids\x18\x05 \x03(\tR\x0f\x61\x62ortRequestIds\x12#\n\rlora_adapters\x18\x06 \x03(\tR\x0cloraAdapters*\x90\x01\n\x0f\x45ngineCondition\x12 \n\x1c\x45NGINE_CONDITION_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x45NGINE_CONDITION_STARTING\x10\x01\x12\x1c\n\x18\x45NGINE_CONDITION_HEALTHY\x10\x02\x12\x1e\n\x1a\x45NGINE_CONDITION_UNHEALTHY\x10\x03*}\n\x0c\x44\x65siredState\x12\x1d\n\x19\x44\x45SIRED_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45SIRED_STATE_SERVING\x10\x01\x12\x19\n\x15\x44\x45SIRED_STATE_DRAINED\x10\x02\x12\x18\n\x14\x44\x45SIRED_STATE_ASLEEP\x10\x03\x32\x90\x04\n\x0c\x46leetService\x12[\n\x10RegisterInstance\x12\".sagecp.v1.RegisterInstanceRequest\x1a#.sagecp.v1.RegisterInstanceResponse\x12\x61\n\x12\x44\x65registerInstance\x12$.sagecp.v1.DeregisterInstanceRequest\x1a%.sagecp.v1.DeregisterInstanceResponse\x12L\n\x0bGetInstance\x12\x1d.sagecp.v1.GetInstanceRequest\x1a\x1e.sagecp.v1.GetInstanceResponse\x12R\n\rListInstances\x12\x1f.sagecp.v1.ListInstancesRequest\x1a .sagecp.v1.ListInstancesResponse\x12R\n\rDrainInstance\x12\x1f.sagecp.v1.DrainInstanceRequest\x1a .sagecp.v1.DrainInstanceResponse\x12J\n\tHeartbeat\x12\x1b.sagecp.v1.HeartbeatRequest\x1a\x1c.sagecp.v1.HeartbeatResponse(\x01\x30\x01\x42\x44\n\x0cio.sagecp.v1P\x01Z2github.com/sagecp/sagecp/gen/go/sagecp/v1;sagecpv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dsagecp/v1/fleet_service.proto\x12\tsagecp.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sagecp/v1/instance.proto\"\x8d\x01\n\x17RegisterInstanceRequest\x12+\n\x04spec\x18\x01 \x01(\x0b\x32\x17.sagecp.v1.InstanceSpecR\x04spec\x12 \n\x0bincarnation\x18\x02 \x01(\x04R\x0bincarnation\x12#\n\ragent_version\x18\x03 \x01(\tR\x0c\x61gentVersion\"\xf8\x01\n\x18RegisterInstanceResponse\x12/\n\x08instance\x18\x01 \x01(\x0b\x32\x13.sagecp.v1.InstanceR\x08instance\x12@\n\x0elease_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\rleaseDuration\x12H\n\x12heartbeat_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x11heartbeatInterval\x12\x1f\n\x0blease_token\x18\x04 \x01(\x0cR\nleaseToken\"t\n\x19\x44\x65registerInstanceRequest\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12 \n\x0bincarnation\x18\x02 \x01(\x04R\x0bincarnation\x12\x14\n\x05\x63\x61use\x18\x03 \x01(\tR\x05\x63\x61use\"S\n\x1a\x44\x65registerInstanceResponse\x12\x35\n\x17in_flight_request_count\x18\x01 \x01(\rR\x14inFlightRequestCount\"5\n\x12GetInstanceRequest\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\"F\n\x13GetInstanceResponse\x12/\n\x08instance\x18\x01 \x01(\x0b\x32\x13.sagecp.v1.InstanceR\x08instance\"\xb3\x02\n\x14ListInstancesRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\x12\x30\n\x06states\x18\x03 \x03(\x0e\x32\x18.sagecp.v1.InstanceStateR\x06states\x12\x14\n\x05model\x18\x04 \x01(\tR\x05model\x12\x17\n\x07host_id\x18\x05 \x01(\tR\x06hostId\x12\x43\n\x06labels\x18\x06 \x03(\x0b\x32+.sagecp.v1.ListInstancesRequest.LabelsEntryR\x06labels\x1a\x39\n\x0bLabelsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"r\n\x15ListInstancesResponse\x12\x31\n\tinstances\x18\x01 \x03(\x0b\x32\x13.sagecp.v1.InstanceR\tinstances\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xd7\x01\n\x14\x44rainInstanceRequest\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12\x12\n\x04undo\x18\x02 \x01(\x08R\x04undo\x12<\n\x0cgrace_period\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0bgracePeriod\x12\x14\n\x05\x66orce\x18\x04 \x01(\x08R\x05\x66orce\x12 \n\x0bincarnation\x18\x05 \x01(\x04R\x0bincarnation\x12\x14\n\x05\x63\x61use\x18\x06 \x01(\tR\x05\x63\x61use\"H\n\x15\x44rainInstanceResponse\x12/\n\x08instance\x18\x01 \x01(\x0b\x32\x13.sagecp.v1.InstanceR\x08instance\"\xed\x01\n\x14SleepInstanceRequest\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12\x12\n\x04wake\x18\x02 \x01(\x08R\x04wake\x12\x14\n\x05level\x18\x03 \x01(\rR\x05level\x12<\n\x0cgrace_period\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0bgracePeriod\x12\x14\n\x05\x66orce\x18\x05 \x01(\x08R\x05\x66orce\x12 \n\x0bincarnation\x18\x06 \x01(\x04R\x0bincarnation\x12\x14\n\x05\x63\x61use\x18\x07 \x01(\tR\x05\x63\x61use\"H\n\x15SleepInstanceResponse\x12/\n\x08instance\x18\x01 \x01(\x0b\x32\x13.sagecp.v1.InstanceR\x08instance\"n\n\x16SetLoraAdaptersRequest\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12\x33\n\x08\x61\x64\x61pters\x18\x02 \x01(\x0b\x32\x17.sagecp.v1.LoraAdaptersR\x08\x61\x64\x61pters\"J\n\x17SetLoraAdaptersResponse\x12/\n\x08instance\x18\x01 \x01(\x0b\x32\x13.sagecp.v1.InstanceR\x08instance\"\xf5\x04\n\x10HeartbeatRequest\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12 \n\x0bincarnation\x18\x02 \x01(\x04R\x0bincarnation\x12\x1a\n\x08sequence\x18\x03 \x01(\x04R\x08sequence\x12\x39\n\nagent_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tagentTime\x12\x45\n\x10\x65ngine_condition\x18\x05 \x01(\x0e\x32\x1a.sagecp.v1.EngineConditionR\x0f\x65ngineCondition\x12)\n\x10\x63ondition_reason\x18\x06 \x01(\tR\x0f\x63onditionReason\x12/\n\x06\x65ngine\x18\x07 \x01(\x0b\x32\x17.sagecp.v1.EngineGaugesR\x06\x65ngine\x12)\n\x04gpus\x18\x08 \x03(\x0b\x32\x15.sagecp.v1.GpuReadingR\x04gpus\x12*\n\x11gpu_absent_reason\x18\t \x01(\tR\x0fgpuAbsentReason\x12,\n\x12\x61\x63tive_request_ids\x18\n \x03(\tR\x10\x61\x63tiveRequestIds\x12\x18\n\x07goodbye\x18\x0b \x01(\x08R\x07goodbye\x12?\n\x0e\x65ngine_process\x18\x0c \x01(\x0b\x32\x18.sagecp.v1.EngineProcessR\rengineProcess\x12\x1f\n\x0blease_token\x18\r \x01(\x0cR\nleaseToken\x12#\n\rorder_trouble\x18\x0e \x01(\tR\x0corderTrouble\"\xaa\x03\n\x11HeartbeatResponse\x12\x1f\n\x0binstance_id\x18\x01 \x01(\tR\ninstanceId\x12\x33\n\x15\x61\x63knowledged_sequence\x18\x02 \x01(\x04R\x14\x61\x63knowledgedSequence\x12<\n\rdesired_state\x18\x03 \x01(\x0e\x32\x17.sagecp.v1.DesiredStateR\x0c\x64\x65siredState\x12>\n\rnext_interval\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationR\x0cnextInterval\x12*\n\x11\x61\x62ort_request_ids\x18\x05 \x03(\tR\x0f\x61\x62ortRequestIds\x12\'\n\rlora_adapters\x18\x06 \x03(\tB\x02\x18\x01R\x0cloraAdapters\x12K\n\x15\x64\x65sired_lora_adapters\x18\x07 \x01(\x0b\x32\x17.sagecp.v1.LoraAdaptersR\x13\x64\x65siredLoraAdapters\x12\x1f\n\x0bsleep_level\x18\x08 \x01(\rR\nsleepLevel*\x90\x01\n\x0f\x45ngineCondition\x12 \n\x1c\x45NGINE_CONDITION_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x45NGINE_CONDITION_STARTING\x10\x01\x12\x1c\n\x18\x45NGINE_CONDITION_HEALTHY\x10\x02\x12\x1e\n\x1a\x45NGINE_CONDITION_UNHEALTHY\x10\x03*}\n\x0c\x44\x65siredState\x12\x1d\n\x19\x44\x45SIRED_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45SIRED_STATE_SERVING\x10\x01\x12\x19\n\x15\x44\x45SIRED_STATE_DRAINED\x10\x02\x12\x18\n\x14\x44\x45SIRED_STATE_ASLEEP\x10\x03\x32\xbe\x05\n\x0c\x46leetService\x12[\n\x10RegisterInstance\x12\".sagecp.v1.RegisterInstanceRequest\x1a#.sagecp.v1.RegisterInstanceResponse\x12\x61\n\x12\x44\x65registerInstance\x12$.sagecp.v1.DeregisterInstanceRequest\x1a%.sagecp.v1.DeregisterInstanceResponse\x12L\n\x0bGetInstance\x12\x1d.sagecp.v1.GetInstanceRequest\x1a\x1e.sagecp.v1.GetInstanceResponse\x12R\n\rListInstances\x12\x1f.sagecp.v1.ListInstancesRequest\x1a .sagecp.v1.ListInstancesResponse\x12R\n\rDrainInstance\x12\x1f.sagecp.v1.DrainInstanceRequest\x1a .sagecp.v1.DrainInstanceResponse\x12R\n\rSleepInstance\x12\x1f.sagecp.v1.SleepInstanceRequest\x1a .sagecp.v1.SleepInstanceResponse\x12X\n\x0fSetLoraAdapters\x12!.sagecp.v1.SetLoraAdaptersRequest\x1a\".sagecp.v1.SetLoraAdaptersResponse\x12J\n\tHeartbeat\x12\x1b.sagecp.v1.HeartbeatRequest\x1a\x1c.sagecp.v1.HeartbeatResponse(\x01\x30\x01\x42\x44\n\x0cio.sagecp.v1P\x01Z2github.com/sagecp/sagecp/gen/go/sagecp/v1;sagecpv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,34 +35,48 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sagecp.v1.fleet_service_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\014io.sagecp.v1P\001Z2github.com/sagecp/sagecp/gen/go/sagecp/v1;sagecpv1'
-  _globals['_ENGINECONDITION']._serialized_start=2205
-  _globals['_ENGINECONDITION']._serialized_end=2349
-  _globals['_DESIREDSTATE']._serialized_start=2351
-  _globals['_DESIREDSTATE']._serialized_end=2476
+  _globals['_LISTINSTANCESREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_LISTINSTANCESREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_HEARTBEATRESPONSE'].fields_by_name['lora_adapters']._loaded_options = None
+  _globals['_HEARTBEATRESPONSE'].fields_by_name['lora_adapters']._serialized_options = b'\030\001'
+  _globals['_ENGINECONDITION']._serialized_start=3142
+  _globals['_ENGINECONDITION']._serialized_end=3286
+  _globals['_DESIREDSTATE']._serialized_start=3288
+  _globals['_DESIREDSTATE']._serialized_end=3413
   _globals['_REGISTERINSTANCEREQUEST']._serialized_start=136
   _globals['_REGISTERINSTANCEREQUEST']._serialized_end=277
   _globals['_REGISTERINSTANCERESPONSE']._serialized_start=280
-  _globals['_REGISTERINSTANCERESPONSE']._serialized_end=495
-  _globals['_DEREGISTERINSTANCEREQUEST']._serialized_start=497
-  _globals['_DEREGISTERINSTANCEREQUEST']._serialized_end=613
-  _globals['_DEREGISTERINSTANCERESPONSE']._serialized_start=615
-  _globals['_DEREGISTERINSTANCERESPONSE']._serialized_end=698
-  _globals['_GETINSTANCEREQUEST']._serialized_start=700
-  _globals['_GETINSTANCEREQUEST']._serialized_end=753
-  _globals['_GETINSTANCERESPONSE']._serialized_start=755
-  _globals['_GETINSTANCERESPONSE']._serialized_end=825
-  _globals['_LISTINSTANCESREQUEST']._serialized_start=828
-  _globals['_LISTINSTANCESREQUEST']._serialized_end=982
-  _globals['_LISTINSTANCESRESPONSE']._serialized_start=984
-  _globals['_LISTINSTANCESRESPONSE']._serialized_end=1098
-  _globals['_DRAININSTANCEREQUEST']._serialized_start=1101
-  _globals['_DRAININSTANCEREQUEST']._serialized_end=1316
-  _globals['_DRAININSTANCERESPONSE']._serialized_start=1318
-  _globals['_DRAININSTANCERESPONSE']._serialized_end=1390
-  _globals['_HEARTBEATREQUEST']._serialized_start=1393
-  _globals['_HEARTBEATREQUEST']._serialized_end=1887
-  _globals['_HEARTBEATRESPONSE']._serialized_start=1890
-  _globals['_HEARTBEATRESPONSE']._serialized_end=2202
-  _globals['_FLEETSERVICE']._serialized_start=2479
-  _globals['_FLEETSERVICE']._serialized_end=3007
+  _globals['_REGISTERINSTANCERESPONSE']._serialized_end=528
+  _globals['_DEREGISTERINSTANCEREQUEST']._serialized_start=530
+  _globals['_DEREGISTERINSTANCEREQUEST']._serialized_end=646
+  _globals['_DEREGISTERINSTANCERESPONSE']._serialized_start=648
+  _globals['_DEREGISTERINSTANCERESPONSE']._serialized_end=731
+  _globals['_GETINSTANCEREQUEST']._serialized_start=733
+  _globals['_GETINSTANCEREQUEST']._serialized_end=786
+  _globals['_GETINSTANCERESPONSE']._serialized_start=788
+  _globals['_GETINSTANCERESPONSE']._serialized_end=858
+  _globals['_LISTINSTANCESREQUEST']._serialized_start=861
+  _globals['_LISTINSTANCESREQUEST']._serialized_end=1168
+  _globals['_LISTINSTANCESREQUEST_LABELSENTRY']._serialized_start=1111
+  _globals['_LISTINSTANCESREQUEST_LABELSENTRY']._serialized_end=1168
+  _globals['_LISTINSTANCESRESPONSE']._serialized_start=1170
+  _globals['_LISTINSTANCESRESPONSE']._serialized_end=1284
+  _globals['_DRAININSTANCEREQUEST']._serialized_start=1287
+  _globals['_DRAININSTANCEREQUEST']._serialized_end=1502
+  _globals['_DRAININSTANCERESPONSE']._serialized_start=1504
+  _globals['_DRAININSTANCERESPONSE']._serialized_end=1576
+  _globals['_SLEEPINSTANCEREQUEST']._serialized_start=1579
+  _globals['_SLEEPINSTANCEREQUEST']._serialized_end=1816
+  _globals['_SLEEPINSTANCERESPONSE']._serialized_start=1818
+  _globals['_SLEEPINSTANCERESPONSE']._serialized_end=1890
+  _globals['_SETLORAADAPTERSREQUEST']._serialized_start=1892
+  _globals['_SETLORAADAPTERSREQUEST']._serialized_end=2002
+  _globals['_SETLORAADAPTERSRESPONSE']._serialized_start=2004
+  _globals['_SETLORAADAPTERSRESPONSE']._serialized_end=2078
+  _globals['_HEARTBEATREQUEST']._serialized_start=2081
+  _globals['_HEARTBEATREQUEST']._serialized_end=2710
+  _globals['_HEARTBEATRESPONSE']._serialized_start=2713
+  _globals['_HEARTBEATRESPONSE']._serialized_end=3139
+  _globals['_FLEETSERVICE']._serialized_start=3416
+  _globals['_FLEETSERVICE']._serialized_end=4118
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class _EngineCondition:
@@ -122,6 +127,9 @@ class RegisterInstanceResponse(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    LEASE_TOKEN_FIELD_NUMBER: _builtins.int
+    lease_token: _builtins.bytes
+    """Secret of this registration, for its heartbeats. Never shown or logged."""
     @_builtins.property
     def instance(self) -> _instance_pb2.Instance:
         """The instance."""
@@ -140,10 +148,11 @@ class RegisterInstanceResponse(_message.Message):
         instance: _instance_pb2.Instance | None = ...,
         lease_duration: _duration_pb2.Duration | None = ...,
         heartbeat_interval: _duration_pb2.Duration | None = ...,
+        lease_token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "instance", b"instance", "lease_duration", b"lease_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "instance", b"instance", "lease_duration", b"lease_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "instance", b"instance", "lease_duration", b"lease_duration", "lease_token", b"lease_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -257,19 +266,47 @@ class ListInstancesRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    HOST_ID_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most entries to return, 1 to 1,000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the page before. Empty: the first page."""
     model: _builtins.str
     """Only instances that serve this model. Empty: all."""
+    host_id: _builtins.str
+    """Only instances on this host. Empty: all."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[_instance_pb2.InstanceState.ValueType]:
         """Only these states. Empty: all."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Only instances that have every one of these labels. Empty: all."""
 
     def __init__(
         self,
@@ -278,10 +315,12 @@ class ListInstancesRequest(_message.Message):
         page_token: _builtins.str = ...,
         states: _abc.Iterable[_instance_pb2.InstanceState.ValueType] | None = ...,
         model: _builtins.str = ...,
+        host_id: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "page_size", b"page_size", "page_token", b"page_token", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_id", b"host_id", "labels", b"labels", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,6 +427,136 @@ class DrainInstanceResponse(_message.Message):
 Global___DrainInstanceResponse: _TypeAlias = DrainInstanceResponse  # noqa: Y015
 
 @_typing.final
+class SleepInstanceRequest(_message.Message):
+    """SleepInstanceRequest has an engine sleep, or wake up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    WAKE_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    GRACE_PERIOD_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    instance_id: _builtins.str
+    """The instance."""
+    wake: _builtins.bool
+    """Undo: wake up, and take work again."""
+    level: _builtins.int
+    """1: weights go to the host's memory. 2: weights are dropped. 0: 1."""
+    force: _builtins.bool
+    """Even if the rest of the fleet cannot carry the load."""
+    incarnation: _builtins.int
+    """Incarnation that is meant; a lower one than the registered is refused with
+    ABORTED. 0: whatever is registered.
+    """
+    cause: _builtins.str
+    """Why, for the record. At most 256 characters."""
+    @_builtins.property
+    def grace_period(self) -> _duration_pb2.Duration:
+        """After this time, requests still running are moved elsewhere; those that
+        could not go on there finish where they are. 0: at once. Absent: never.
+        """
+
+    def __init__(
+        self,
+        *,
+        instance_id: _builtins.str = ...,
+        wake: _builtins.bool = ...,
+        level: _builtins.int = ...,
+        grace_period: _duration_pb2.Duration | None = ...,
+        force: _builtins.bool = ...,
+        incarnation: _builtins.int = ...,
+        cause: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace_period", b"grace_period"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "force", b"force", "grace_period", b"grace_period", "incarnation", b"incarnation", "instance_id", b"instance_id", "level", b"level", "wake", b"wake"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepInstanceRequest: _TypeAlias = SleepInstanceRequest  # noqa: Y015
+
+@_typing.final
+class SleepInstanceResponse(_message.Message):
+    """SleepInstanceResponse returns the instance; poll GetInstance until its engine sleeps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def instance(self) -> _instance_pb2.Instance:
+        """The instance."""
+
+    def __init__(
+        self,
+        *,
+        instance: _instance_pb2.Instance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepInstanceResponse: _TypeAlias = SleepInstanceResponse  # noqa: Y015
+
+@_typing.final
+class SetLoraAdaptersRequest(_message.Message):
+    """SetLoraAdaptersRequest says which adapters an engine should have loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    instance_id: _builtins.str
+    """The instance."""
+    @_builtins.property
+    def adapters(self) -> _instance_pb2.LoraAdapters:
+        """The adapters, all of them: others are unloaded. Absent: the order that there
+        was ends, and what is loaded stays.
+        """
+
+    def __init__(
+        self,
+        *,
+        instance_id: _builtins.str = ...,
+        adapters: _instance_pb2.LoraAdapters | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "instance_id", b"instance_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetLoraAdaptersRequest: _TypeAlias = SetLoraAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class SetLoraAdaptersResponse(_message.Message):
+    """SetLoraAdaptersResponse returns the instance."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def instance(self) -> _instance_pb2.Instance:
+        """The instance."""
+
+    def __init__(
+        self,
+        *,
+        instance: _instance_pb2.Instance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetLoraAdaptersResponse: _TypeAlias = SetLoraAdaptersResponse  # noqa: Y015
+
+@_typing.final
 class HeartbeatRequest(_message.Message):
     """HeartbeatRequest is one beat of one instance."""
 
@@ -404,6 +573,9 @@ class HeartbeatRequest(_message.Message):
     GPU_ABSENT_REASON_FIELD_NUMBER: _builtins.int
     ACTIVE_REQUEST_IDS_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    ENGINE_PROCESS_FIELD_NUMBER: _builtins.int
+    LEASE_TOKEN_FIELD_NUMBER: _builtins.int
+    ORDER_TROUBLE_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """The instance."""
     incarnation: _builtins.int
@@ -419,6 +591,15 @@ class HeartbeatRequest(_message.Message):
     goodbye: _builtins.bool
     """Last beat: the agent leaves on purpose. The end of a stream without it is
     not news; the lease decides.
+    """
+    lease_token: _builtins.bytes
+    """Secret that the registration returned. Once a beat of a registration has
+    carried it, those without it, or with another, are refused with
+    PERMISSION_DENIED.
+    """
+    order_trouble: _builtins.str
+    """What an order of the last response came to, where it did not work; such as
+    an adapter that the engine does not find. Empty otherwise.
     """
     @_builtins.property
     def agent_time(self) -> _timestamp_pb2.Timestamp:
@@ -438,6 +619,10 @@ class HeartbeatRequest(_message.Message):
         the X-Request-Id that they were sent with.
         """
 
+    @_builtins.property
+    def engine_process(self) -> _instance_pb2.EngineProcess:
+        """The engine's process, where the agent supervises it."""
+
     def __init__(
         self,
         *,
@@ -452,10 +637,13 @@ class HeartbeatRequest(_message.Message):
         gpu_absent_reason: _builtins.str = ...,
         active_request_ids: _abc.Iterable[_builtins.str] | None = ...,
         goodbye: _builtins.bool = ...,
+        engine_process: _instance_pb2.EngineProcess | None = ...,
+        lease_token: _builtins.bytes = ...,
+        order_trouble: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["agent_time", b"agent_time", "engine", b"engine"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent_time", b"agent_time", "engine", b"engine", "engine_process", b"engine_process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_request_ids", b"active_request_ids", "agent_time", b"agent_time", "condition_reason", b"condition_reason", "engine", b"engine", "engine_condition", b"engine_condition", "goodbye", b"goodbye", "gpu_absent_reason", b"gpu_absent_reason", "gpus", b"gpus", "incarnation", b"incarnation", "instance_id", b"instance_id", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_request_ids", b"active_request_ids", "agent_time", b"agent_time", "condition_reason", b"condition_reason", "engine", b"engine", "engine_condition", b"engine_condition", "engine_process", b"engine_process", "goodbye", b"goodbye", "gpu_absent_reason", b"gpu_absent_reason", "gpus", b"gpus", "incarnation", b"incarnation", "instance_id", b"instance_id", "lease_token", b"lease_token", "order_trouble", b"order_trouble", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -473,12 +661,16 @@ class HeartbeatResponse(_message.Message):
     NEXT_INTERVAL_FIELD_NUMBER: _builtins.int
     ABORT_REQUEST_IDS_FIELD_NUMBER: _builtins.int
     LORA_ADAPTERS_FIELD_NUMBER: _builtins.int
+    DESIRED_LORA_ADAPTERS_FIELD_NUMBER: _builtins.int
+    SLEEP_LEVEL_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """The instance."""
     acknowledged_sequence: _builtins.int
     """The beat that is acknowledged."""
     desired_state: Global___DesiredState.ValueType
     """What the instance should be."""
+    sleep_level: _builtins.int
+    """How deep to sleep, for ASLEEP: 1 or 2."""
     @_builtins.property
     def next_interval(self) -> _duration_pb2.Duration:
         """When to send the next beat."""
@@ -488,8 +680,13 @@ class HeartbeatResponse(_message.Message):
         """Requests that the engine should not be running, to be aborted there."""
 
     @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def lora_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """LoRA adapters that should be loaded; empty: as they are."""
+        """Not used; see desired_lora_adapters, which says where adapters are."""
+
+    @_builtins.property
+    def desired_lora_adapters(self) -> _instance_pb2.LoraAdapters:
+        """LoRA adapters that should be loaded, and no others. Absent: as they are."""
 
     def __init__(
         self,
@@ -500,10 +697,12 @@ class HeartbeatResponse(_message.Message):
         next_interval: _duration_pb2.Duration | None = ...,
         abort_request_ids: _abc.Iterable[_builtins.str] | None = ...,
         lora_adapters: _abc.Iterable[_builtins.str] | None = ...,
+        desired_lora_adapters: _instance_pb2.LoraAdapters | None = ...,
+        sleep_level: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["next_interval", b"next_interval"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["desired_lora_adapters", b"desired_lora_adapters", "next_interval", b"next_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_request_ids", b"abort_request_ids", "acknowledged_sequence", b"acknowledged_sequence", "desired_state", b"desired_state", "instance_id", b"instance_id", "lora_adapters", b"lora_adapters", "next_interval", b"next_interval"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_request_ids", b"abort_request_ids", "acknowledged_sequence", b"acknowledged_sequence", "desired_lora_adapters", b"desired_lora_adapters", "desired_state", b"desired_state", "instance_id", b"instance_id", "lora_adapters", b"lora_adapters", "next_interval", b"next_interval", "sleep_level", b"sleep_level"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

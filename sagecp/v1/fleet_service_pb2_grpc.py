@@ -60,6 +60,16 @@ class FleetServiceStub(object):
                 request_serializer=sagecp_dot_v1_dot_fleet__service__pb2.DrainInstanceRequest.SerializeToString,
                 response_deserializer=sagecp_dot_v1_dot_fleet__service__pb2.DrainInstanceResponse.FromString,
                 _registered_method=True)
+        self.SleepInstance = channel.unary_unary(
+                '/sagecp.v1.FleetService/SleepInstance',
+                request_serializer=sagecp_dot_v1_dot_fleet__service__pb2.SleepInstanceRequest.SerializeToString,
+                response_deserializer=sagecp_dot_v1_dot_fleet__service__pb2.SleepInstanceResponse.FromString,
+                _registered_method=True)
+        self.SetLoraAdapters = channel.unary_unary(
+                '/sagecp.v1.FleetService/SetLoraAdapters',
+                request_serializer=sagecp_dot_v1_dot_fleet__service__pb2.SetLoraAdaptersRequest.SerializeToString,
+                response_deserializer=sagecp_dot_v1_dot_fleet__service__pb2.SetLoraAdaptersResponse.FromString,
+                _registered_method=True)
         self.Heartbeat = channel.stream_stream(
                 '/sagecp.v1.FleetService/Heartbeat',
                 request_serializer=sagecp_dot_v1_dot_fleet__service__pb2.HeartbeatRequest.SerializeToString,
@@ -110,6 +120,25 @@ class FleetServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SleepInstance(self, request, context):
+        """SleepInstance drains an instance and then has its engine sleep, so that its
+        GPU memory is free; or undoes that. Refused with FAILED_PRECONDITION where
+        its agent says that the engine cannot sleep (ILLEGAL_STATE), and as
+        DrainInstance is (DRAIN_REFUSED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLoraAdapters(self, request, context):
+        """SetLoraAdapters says which LoRA adapters an engine should have loaded; its
+        agent loads and unloads until that is so. Refused with FAILED_PRECONDITION
+        (ILLEGAL_STATE) where its agent says that the engine cannot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Heartbeat(self, request_iterator, context):
         """Heartbeat is the stream between an agent and the control plane. Each beat
         is acknowledged. Beats are level-triggered: each says what is, and a
@@ -148,6 +177,16 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.DrainInstance,
                     request_deserializer=sagecp_dot_v1_dot_fleet__service__pb2.DrainInstanceRequest.FromString,
                     response_serializer=sagecp_dot_v1_dot_fleet__service__pb2.DrainInstanceResponse.SerializeToString,
+            ),
+            'SleepInstance': grpc.unary_unary_rpc_method_handler(
+                    servicer.SleepInstance,
+                    request_deserializer=sagecp_dot_v1_dot_fleet__service__pb2.SleepInstanceRequest.FromString,
+                    response_serializer=sagecp_dot_v1_dot_fleet__service__pb2.SleepInstanceResponse.SerializeToString,
+            ),
+            'SetLoraAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLoraAdapters,
+                    request_deserializer=sagecp_dot_v1_dot_fleet__service__pb2.SetLoraAdaptersRequest.FromString,
+                    response_serializer=sagecp_dot_v1_dot_fleet__service__pb2.SetLoraAdaptersResponse.SerializeToString,
             ),
             'Heartbeat': grpc.stream_stream_rpc_method_handler(
                     servicer.Heartbeat,
@@ -291,6 +330,60 @@ class FleetService(object):
             '/sagecp.v1.FleetService/DrainInstance',
             sagecp_dot_v1_dot_fleet__service__pb2.DrainInstanceRequest.SerializeToString,
             sagecp_dot_v1_dot_fleet__service__pb2.DrainInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SleepInstance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagecp.v1.FleetService/SleepInstance',
+            sagecp_dot_v1_dot_fleet__service__pb2.SleepInstanceRequest.SerializeToString,
+            sagecp_dot_v1_dot_fleet__service__pb2.SleepInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLoraAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagecp.v1.FleetService/SetLoraAdapters',
+            sagecp_dot_v1_dot_fleet__service__pb2.SetLoraAdaptersRequest.SerializeToString,
+            sagecp_dot_v1_dot_fleet__service__pb2.SetLoraAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,17 @@ class FleetServiceStub:
     carry the load. Every call states the whole order: a repetition changes
     nothing, another grace period counts from the call.
     """
+    SleepInstance: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.SleepInstanceRequest, _fleet_service_pb2.SleepInstanceResponse]
+    """SleepInstance drains an instance and then has its engine sleep, so that its
+    GPU memory is free; or undoes that. Refused with FAILED_PRECONDITION where
+    its agent says that the engine cannot sleep (ILLEGAL_STATE), and as
+    DrainInstance is (DRAIN_REFUSED).
+    """
+    SetLoraAdapters: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.SetLoraAdaptersRequest, _fleet_service_pb2.SetLoraAdaptersResponse]
+    """SetLoraAdapters says which LoRA adapters an engine should have loaded; its
+    agent loads and unloads until that is so. Refused with FAILED_PRECONDITION
+    (ILLEGAL_STATE) where its agent says that the engine cannot.
+    """
     Heartbeat: _grpc.StreamStreamMultiCallable[_fleet_service_pb2.HeartbeatRequest, _fleet_service_pb2.HeartbeatResponse]
     """Heartbeat is the stream between an agent and the control plane. Each beat
     is acknowledged. Beats are level-triggered: each says what is, and a
@@ -77,6 +88,17 @@ class FleetServiceAsyncStub(FleetServiceStub):
     with FAILED_PRECONDITION (DRAIN_REFUSED) when the rest of the fleet could not
     carry the load. Every call states the whole order: a repetition changes
     nothing, another grace period counts from the call.
+    """
+    SleepInstance: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.SleepInstanceRequest, _fleet_service_pb2.SleepInstanceResponse]  # type: ignore[assignment]
+    """SleepInstance drains an instance and then has its engine sleep, so that its
+    GPU memory is free; or undoes that. Refused with FAILED_PRECONDITION where
+    its agent says that the engine cannot sleep (ILLEGAL_STATE), and as
+    DrainInstance is (DRAIN_REFUSED).
+    """
+    SetLoraAdapters: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.SetLoraAdaptersRequest, _fleet_service_pb2.SetLoraAdaptersResponse]  # type: ignore[assignment]
+    """SetLoraAdapters says which LoRA adapters an engine should have loaded; its
+    agent loads and unloads until that is so. Refused with FAILED_PRECONDITION
+    (ILLEGAL_STATE) where its agent says that the engine cannot.
     """
     Heartbeat: _aio.StreamStreamMultiCallable[_fleet_service_pb2.HeartbeatRequest, _fleet_service_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """Heartbeat is the stream between an agent and the control plane. Each beat
@@ -133,6 +155,29 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         with FAILED_PRECONDITION (DRAIN_REFUSED) when the rest of the fleet could not
         carry the load. Every call states the whole order: a repetition changes
         nothing, another grace period counts from the call.
+        """
+
+    @_abc_1.abstractmethod
+    def SleepInstance(
+        self,
+        request: _fleet_service_pb2.SleepInstanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_service_pb2.SleepInstanceResponse, _abc.Awaitable[_fleet_service_pb2.SleepInstanceResponse]]:
+        """SleepInstance drains an instance and then has its engine sleep, so that its
+        GPU memory is free; or undoes that. Refused with FAILED_PRECONDITION where
+        its agent says that the engine cannot sleep (ILLEGAL_STATE), and as
+        DrainInstance is (DRAIN_REFUSED).
+        """
+
+    @_abc_1.abstractmethod
+    def SetLoraAdapters(
+        self,
+        request: _fleet_service_pb2.SetLoraAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_service_pb2.SetLoraAdaptersResponse, _abc.Awaitable[_fleet_service_pb2.SetLoraAdaptersResponse]]:
+        """SetLoraAdapters says which LoRA adapters an engine should have loaded; its
+        agent loads and unloads until that is so. Refused with FAILED_PRECONDITION
+        (ILLEGAL_STATE) where its agent says that the engine cannot.
         """
 
     @_abc_1.abstractmethod

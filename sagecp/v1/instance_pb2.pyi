@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from sagecp.v1 import metrics_pb2 as _metrics_pb2
 from sagecp.v1 import parallelism_pb2 as _parallelism_pb2
 import builtins as _builtins
 import sys
@@ -86,6 +87,160 @@ ENGINE_KIND_SIMULATED: EngineKind.ValueType  # 2
 """The simulated engine, which speaks as vLLM does."""
 Global___EngineKind: _TypeAlias = EngineKind  # noqa: Y015
 
+class _EngineCapability:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EngineCapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EngineCapability.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENGINE_CAPABILITY_UNSPECIFIED: _EngineCapability.ValueType  # 0
+    """Not set. Never sent."""
+    ENGINE_CAPABILITY_SLEEP: _EngineCapability.ValueType  # 1
+    """Sleep and wake up."""
+    ENGINE_CAPABILITY_LORA: _EngineCapability.ValueType  # 2
+    """Load and unload LoRA adapters."""
+    ENGINE_CAPABILITY_ABORT: _EngineCapability.ValueType  # 3
+    """Abort requests by their ids."""
+    ENGINE_CAPABILITY_SUPERVISED: _EngineCapability.ValueType  # 4
+    """Its process belongs to the agent, which starts it again when it ends."""
+
+class EngineCapability(_EngineCapability, metaclass=_EngineCapabilityEnumTypeWrapper):
+    """EngineCapability is something that an engine can be told to do while it runs."""
+
+ENGINE_CAPABILITY_UNSPECIFIED: EngineCapability.ValueType  # 0
+"""Not set. Never sent."""
+ENGINE_CAPABILITY_SLEEP: EngineCapability.ValueType  # 1
+"""Sleep and wake up."""
+ENGINE_CAPABILITY_LORA: EngineCapability.ValueType  # 2
+"""Load and unload LoRA adapters."""
+ENGINE_CAPABILITY_ABORT: EngineCapability.ValueType  # 3
+"""Abort requests by their ids."""
+ENGINE_CAPABILITY_SUPERVISED: EngineCapability.ValueType  # 4
+"""Its process belongs to the agent, which starts it again when it ends."""
+Global___EngineCapability: _TypeAlias = EngineCapability  # noqa: Y015
+
+class _GpuLinkKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GpuLinkKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GpuLinkKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GPU_LINK_KIND_UNSPECIFIED: _GpuLinkKind.ValueType  # 0
+    """Not set: unknown."""
+    GPU_LINK_KIND_NVLINK: _GpuLinkKind.ValueType  # 1
+    """NVLink, directly or through a switch."""
+    GPU_LINK_KIND_SAME_BOARD: _GpuLinkKind.ValueType  # 2
+    """One board."""
+    GPU_LINK_KIND_PCI_SWITCH: _GpuLinkKind.ValueType  # 3
+    """One PCI switch."""
+    GPU_LINK_KIND_PCI_SWITCHES: _GpuLinkKind.ValueType  # 4
+    """Several PCI switches of one host bridge."""
+    GPU_LINK_KIND_HOST_BRIDGE: _GpuLinkKind.ValueType  # 5
+    """One PCI host bridge."""
+    GPU_LINK_KIND_NUMA_NODE: _GpuLinkKind.ValueType  # 6
+    """One NUMA node."""
+    GPU_LINK_KIND_SYSTEM: _GpuLinkKind.ValueType  # 7
+    """The interconnect between NUMA nodes."""
+
+class GpuLinkKind(_GpuLinkKind, metaclass=_GpuLinkKindEnumTypeWrapper):
+    """GpuLinkKind is the way between two GPUs of a host, nearest first; the PCI ones
+    by their nearest common ancestor, as NVML tells it.
+    """
+
+GPU_LINK_KIND_UNSPECIFIED: GpuLinkKind.ValueType  # 0
+"""Not set: unknown."""
+GPU_LINK_KIND_NVLINK: GpuLinkKind.ValueType  # 1
+"""NVLink, directly or through a switch."""
+GPU_LINK_KIND_SAME_BOARD: GpuLinkKind.ValueType  # 2
+"""One board."""
+GPU_LINK_KIND_PCI_SWITCH: GpuLinkKind.ValueType  # 3
+"""One PCI switch."""
+GPU_LINK_KIND_PCI_SWITCHES: GpuLinkKind.ValueType  # 4
+"""Several PCI switches of one host bridge."""
+GPU_LINK_KIND_HOST_BRIDGE: GpuLinkKind.ValueType  # 5
+"""One PCI host bridge."""
+GPU_LINK_KIND_NUMA_NODE: GpuLinkKind.ValueType  # 6
+"""One NUMA node."""
+GPU_LINK_KIND_SYSTEM: GpuLinkKind.ValueType  # 7
+"""The interconnect between NUMA nodes."""
+Global___GpuLinkKind: _TypeAlias = GpuLinkKind  # noqa: Y015
+
+class _GpuFaultKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GpuFaultKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GpuFaultKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GPU_FAULT_KIND_UNSPECIFIED: _GpuFaultKind.ValueType  # 0
+    """Not set. Never sent."""
+    GPU_FAULT_KIND_XID: _GpuFaultKind.ValueType  # 1
+    """The driver reported a critical error that needs a reset or a repair."""
+    GPU_FAULT_KIND_ECC: _GpuFaultKind.ValueType  # 2
+    """Uncorrected memory errors, or memory that cannot be repaired."""
+    GPU_FAULT_KIND_THERMAL: _GpuFaultKind.ValueType  # 3
+    """The hardware slows it down because of heat."""
+    GPU_FAULT_KIND_POWER: _GpuFaultKind.ValueType  # 4
+    """The hardware slows it down because of its power supply."""
+    GPU_FAULT_KIND_NVLINK: _GpuFaultKind.ValueType  # 5
+    """NVLinks that it had do not work."""
+    GPU_FAULT_KIND_MISSING: _GpuFaultKind.ValueType  # 6
+    """It was there and is not any more."""
+
+class GpuFaultKind(_GpuFaultKind, metaclass=_GpuFaultKindEnumTypeWrapper):
+    """GpuFaultKind is what is wrong with a GPU."""
+
+GPU_FAULT_KIND_UNSPECIFIED: GpuFaultKind.ValueType  # 0
+"""Not set. Never sent."""
+GPU_FAULT_KIND_XID: GpuFaultKind.ValueType  # 1
+"""The driver reported a critical error that needs a reset or a repair."""
+GPU_FAULT_KIND_ECC: GpuFaultKind.ValueType  # 2
+"""Uncorrected memory errors, or memory that cannot be repaired."""
+GPU_FAULT_KIND_THERMAL: GpuFaultKind.ValueType  # 3
+"""The hardware slows it down because of heat."""
+GPU_FAULT_KIND_POWER: GpuFaultKind.ValueType  # 4
+"""The hardware slows it down because of its power supply."""
+GPU_FAULT_KIND_NVLINK: GpuFaultKind.ValueType  # 5
+"""NVLinks that it had do not work."""
+GPU_FAULT_KIND_MISSING: GpuFaultKind.ValueType  # 6
+"""It was there and is not any more."""
+Global___GpuFaultKind: _TypeAlias = GpuFaultKind  # noqa: Y015
+
+class _EngineProcessState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EngineProcessStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EngineProcessState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENGINE_PROCESS_STATE_UNSPECIFIED: _EngineProcessState.ValueType  # 0
+    """Not set. Never sent."""
+    ENGINE_PROCESS_STATE_STARTING: _EngineProcessState.ValueType  # 1
+    """Started, and not healthy yet."""
+    ENGINE_PROCESS_STATE_RUNNING: _EngineProcessState.ValueType  # 2
+    """Healthy."""
+    ENGINE_PROCESS_STATE_BACKING_OFF: _EngineProcessState.ValueType  # 3
+    """It ended, and is started again after a while."""
+    ENGINE_PROCESS_STATE_STOPPING: _EngineProcessState.ValueType  # 4
+    """It is being ended."""
+    ENGINE_PROCESS_STATE_STOPPED: _EngineProcessState.ValueType  # 5
+    """It ended and is not started again."""
+
+class EngineProcessState(_EngineProcessState, metaclass=_EngineProcessStateEnumTypeWrapper):
+    """EngineProcessState is where the life of a supervised engine's process is."""
+
+ENGINE_PROCESS_STATE_UNSPECIFIED: EngineProcessState.ValueType  # 0
+"""Not set. Never sent."""
+ENGINE_PROCESS_STATE_STARTING: EngineProcessState.ValueType  # 1
+"""Started, and not healthy yet."""
+ENGINE_PROCESS_STATE_RUNNING: EngineProcessState.ValueType  # 2
+"""Healthy."""
+ENGINE_PROCESS_STATE_BACKING_OFF: EngineProcessState.ValueType  # 3
+"""It ended, and is started again after a while."""
+ENGINE_PROCESS_STATE_STOPPING: EngineProcessState.ValueType  # 4
+"""It is being ended."""
+ENGINE_PROCESS_STATE_STOPPED: EngineProcessState.ValueType  # 5
+"""It ended and is not started again."""
+Global___EngineProcessState: _TypeAlias = EngineProcessState  # noqa: Y015
+
 @_typing.final
 class InstanceSpec(_message.Message):
     """InstanceSpec is what an instance is: what its agent, or an operator, says of it."""
@@ -94,6 +249,26 @@ class InstanceSpec(_message.Message):
 
     @_typing.final
     class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class EngineConfigurationEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         KEY_FIELD_NUMBER: _builtins.int
@@ -129,6 +304,9 @@ class InstanceSpec(_message.Message):
     HOST_ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     ENGINE_API_KEY_FIELD_NUMBER: _builtins.int
+    GPU_DEVICES_FIELD_NUMBER: _builtins.int
+    ENGINE_CONFIGURATION_FIELD_NUMBER: _builtins.int
+    ENGINE_CAPABILITIES_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """Name of the instance, unique in the fleet. 1 to 128 characters of
     [A-Za-z0-9._:-]. Required.
@@ -175,6 +353,21 @@ class InstanceSpec(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free labels for filters. At most 16, keys and values of at most 63 characters."""
 
+    @_builtins.property
+    def gpu_devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuDevice]:
+        """The GPUs it runs on, as far as its agent knows them. At most 64."""
+
+    @_builtins.property
+    def engine_configuration(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Settings of the engine that tell apart two engines of one version, such as
+        "block_size" or "quantization". At most 64; keys of at most 63 and values of
+        at most 256 characters.
+        """
+
+    @_builtins.property
+    def engine_capabilities(self) -> _containers.RepeatedScalarFieldContainer[Global___EngineCapability.ValueType]:
+        """What the engine can be told to do. Empty: unknown."""
+
     def __init__(
         self,
         *,
@@ -195,10 +388,13 @@ class InstanceSpec(_message.Message):
         host_id: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         engine_api_key: _builtins.str = ...,
+        gpu_devices: _abc.Iterable[Global___GpuDevice] | None = ...,
+        engine_configuration: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        engine_capabilities: _abc.Iterable[Global___EngineCapability.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_memory_gib", b"_gpu_memory_gib", "_key_value_token_capacity", b"_key_value_token_capacity", "_max_concurrent_request_count", b"_max_concurrent_request_count", "_max_context_token_count", b"_max_context_token_count", "_usd_per_gpu_hour", b"_usd_per_gpu_hour", "gpu_memory_gib", b"gpu_memory_gib", "key_value_token_capacity", b"key_value_token_capacity", "max_concurrent_request_count", b"max_concurrent_request_count", "max_context_token_count", b"max_context_token_count", "parallel_sizes", b"parallel_sizes", "usd_per_gpu_hour", b"usd_per_gpu_hour"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_memory_gib", b"_gpu_memory_gib", "_key_value_token_capacity", b"_key_value_token_capacity", "_max_concurrent_request_count", b"_max_concurrent_request_count", "_max_context_token_count", b"_max_context_token_count", "_usd_per_gpu_hour", b"_usd_per_gpu_hour", "engine_api_key", b"engine_api_key", "engine_kind", b"engine_kind", "engine_url", b"engine_url", "engine_version", b"engine_version", "gpu_count", b"gpu_count", "gpu_memory_gib", b"gpu_memory_gib", "gpu_name", b"gpu_name", "host_id", b"host_id", "instance_id", b"instance_id", "key_value_token_capacity", b"key_value_token_capacity", "labels", b"labels", "max_concurrent_request_count", b"max_concurrent_request_count", "max_context_token_count", b"max_context_token_count", "model_aliases", b"model_aliases", "model_name", b"model_name", "parallel_sizes", b"parallel_sizes", "usd_per_gpu_hour", b"usd_per_gpu_hour"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_memory_gib", b"_gpu_memory_gib", "_key_value_token_capacity", b"_key_value_token_capacity", "_max_concurrent_request_count", b"_max_concurrent_request_count", "_max_context_token_count", b"_max_context_token_count", "_usd_per_gpu_hour", b"_usd_per_gpu_hour", "engine_api_key", b"engine_api_key", "engine_capabilities", b"engine_capabilities", "engine_configuration", b"engine_configuration", "engine_kind", b"engine_kind", "engine_url", b"engine_url", "engine_version", b"engine_version", "gpu_count", b"gpu_count", "gpu_devices", b"gpu_devices", "gpu_memory_gib", b"gpu_memory_gib", "gpu_name", b"gpu_name", "host_id", b"host_id", "instance_id", b"instance_id", "key_value_token_capacity", b"key_value_token_capacity", "labels", b"labels", "max_concurrent_request_count", b"max_concurrent_request_count", "max_context_token_count", b"max_context_token_count", "model_aliases", b"model_aliases", "model_name", b"model_name", "parallel_sizes", b"parallel_sizes", "usd_per_gpu_hour", b"usd_per_gpu_hour"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_memory_gib: _TypeAlias = _typing.Literal["gpu_memory_gib"]  # noqa: Y015
     _WhichOneofArgType__gpu_memory_gib: _TypeAlias = _typing.Literal["_gpu_memory_gib", b"_gpu_memory_gib"]  # noqa: Y015
@@ -224,6 +420,107 @@ class InstanceSpec(_message.Message):
 Global___InstanceSpec: _TypeAlias = InstanceSpec  # noqa: Y015
 
 @_typing.final
+class GpuDevice(_message.Message):
+    """GpuDevice is what never changes about a GPU."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    PCI_BUS_ID_FIELD_NUMBER: _builtins.int
+    NUMA_NODE_FIELD_NUMBER: _builtins.int
+    TOTAL_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_SM_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    SLOWDOWN_TEMPERATURE_CELSIUS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Index on the host."""
+    uuid: _builtins.str
+    """Identity that survives a restart."""
+    name: _builtins.str
+    """Name as the driver gives it."""
+    pci_bus_id: _builtins.str
+    """Address on the PCI bus, such as "00000000:17:00.0". Empty: unknown."""
+    numa_node: _builtins.int
+    """NUMA node that it is attached to. Absent: unknown, or the host has one."""
+    total_memory_bytes: _builtins.int
+    """Memory in all, bytes. Absent: unknown."""
+    max_sm_clock_mhz: _builtins.int
+    """Highest clock of the multiprocessors, MHz. Absent: unknown."""
+    slowdown_temperature_celsius: _builtins.float
+    """Temperature at which it slows down, degrees Celsius. Absent: unknown."""
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuLink]:
+        """How it reaches the other GPUs of this list. Empty: unknown, or it is alone."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        uuid: _builtins.str = ...,
+        name: _builtins.str = ...,
+        pci_bus_id: _builtins.str = ...,
+        numa_node: _builtins.int | None = ...,
+        total_memory_bytes: _builtins.int | None = ...,
+        max_sm_clock_mhz: _builtins.int | None = ...,
+        slowdown_temperature_celsius: _builtins.float | None = ...,
+        links: _abc.Iterable[Global___GpuLink] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_sm_clock_mhz", b"_max_sm_clock_mhz", "_numa_node", b"_numa_node", "_slowdown_temperature_celsius", b"_slowdown_temperature_celsius", "_total_memory_bytes", b"_total_memory_bytes", "max_sm_clock_mhz", b"max_sm_clock_mhz", "numa_node", b"numa_node", "slowdown_temperature_celsius", b"slowdown_temperature_celsius", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_sm_clock_mhz", b"_max_sm_clock_mhz", "_numa_node", b"_numa_node", "_slowdown_temperature_celsius", b"_slowdown_temperature_celsius", "_total_memory_bytes", b"_total_memory_bytes", "index", b"index", "links", b"links", "max_sm_clock_mhz", b"max_sm_clock_mhz", "name", b"name", "numa_node", b"numa_node", "pci_bus_id", b"pci_bus_id", "slowdown_temperature_celsius", b"slowdown_temperature_celsius", "total_memory_bytes", b"total_memory_bytes", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_sm_clock_mhz: _TypeAlias = _typing.Literal["max_sm_clock_mhz"]  # noqa: Y015
+    _WhichOneofArgType__max_sm_clock_mhz: _TypeAlias = _typing.Literal["_max_sm_clock_mhz", b"_max_sm_clock_mhz"]  # noqa: Y015
+    _WhichOneofReturnType__numa_node: _TypeAlias = _typing.Literal["numa_node"]  # noqa: Y015
+    _WhichOneofArgType__numa_node: _TypeAlias = _typing.Literal["_numa_node", b"_numa_node"]  # noqa: Y015
+    _WhichOneofReturnType__slowdown_temperature_celsius: _TypeAlias = _typing.Literal["slowdown_temperature_celsius"]  # noqa: Y015
+    _WhichOneofArgType__slowdown_temperature_celsius: _TypeAlias = _typing.Literal["_slowdown_temperature_celsius", b"_slowdown_temperature_celsius"]  # noqa: Y015
+    _WhichOneofReturnType__total_memory_bytes: _TypeAlias = _typing.Literal["total_memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__total_memory_bytes: _TypeAlias = _typing.Literal["_total_memory_bytes", b"_total_memory_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sm_clock_mhz) -> _WhichOneofReturnType__max_sm_clock_mhz | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__numa_node) -> _WhichOneofReturnType__numa_node | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slowdown_temperature_celsius) -> _WhichOneofReturnType__slowdown_temperature_celsius | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__total_memory_bytes) -> _WhichOneofReturnType__total_memory_bytes | None: ...
+
+Global___GpuDevice: _TypeAlias = GpuDevice  # noqa: Y015
+
+@_typing.final
+class GpuLink(_message.Message):
+    """GpuLink is the way from one GPU to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_UUID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    NVLINK_COUNT_FIELD_NUMBER: _builtins.int
+    peer_uuid: _builtins.str
+    """The other one."""
+    kind: Global___GpuLinkKind.ValueType
+    """The way."""
+    nvlink_count: _builtins.int
+    """NVLinks between the two, where both ends are known. 0: none, or through a switch."""
+    def __init__(
+        self,
+        *,
+        peer_uuid: _builtins.str = ...,
+        kind: Global___GpuLinkKind.ValueType = ...,
+        nvlink_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "nvlink_count", b"nvlink_count", "peer_uuid", b"peer_uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuLink: _TypeAlias = GpuLink  # noqa: Y015
+
+@_typing.final
 class EngineGauges(_message.Message):
     """EngineGauges is the engine's state as its metrics tell it. Absent fields are
     unknown, which is not zero.
@@ -241,6 +538,12 @@ class EngineGauges(_message.Message):
     PREEMPTION_COUNT_FIELD_NUMBER: _builtins.int
     FINISHED_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
     SLEEPING_FIELD_NUMBER: _builtins.int
+    TTFT_FIELD_NUMBER: _builtins.int
+    INTER_TOKEN_LATENCY_FIELD_NUMBER: _builtins.int
+    QUEUE_WAIT_FIELD_NUMBER: _builtins.int
+    LOADED_LORA_ADAPTERS_FIELD_NUMBER: _builtins.int
+    RUNNING_LORA_ADAPTERS_FIELD_NUMBER: _builtins.int
+    MAX_KEY_VALUE_CACHE_USAGE_FIELD_NUMBER: _builtins.int
     running_request_count: _builtins.int
     """Requests in execution."""
     waiting_request_count: _builtins.int
@@ -261,6 +564,30 @@ class EngineGauges(_message.Message):
     """Requests finished since the engine started, without aborted ones."""
     sleeping: _builtins.bool
     """Whether the engine sleeps."""
+    max_key_value_cache_usage: _builtins.float
+    """Share of the KV cache in use on the fullest data-parallel rank, 0 to 1."""
+    @_builtins.property
+    def ttft(self) -> _metrics_pb2.DurationQuantiles:
+        """Time to first token as the engine measured it, of what it finished since
+        about a minute ago. Absent: unknown, or nothing finished.
+        """
+
+    @_builtins.property
+    def inter_token_latency(self) -> _metrics_pb2.DurationQuantiles:
+        """Time between two tokens, likewise."""
+
+    @_builtins.property
+    def queue_wait(self) -> _metrics_pb2.DurationQuantiles:
+        """Time waited inside the engine, likewise."""
+
+    @_builtins.property
+    def loaded_lora_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """LoRA adapters that it has loaded, by name. Empty: none, or unknown. At most 128."""
+
+    @_builtins.property
+    def running_lora_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of those, the ones that running requests use."""
+
     def __init__(
         self,
         *,
@@ -274,10 +601,16 @@ class EngineGauges(_message.Message):
         preemption_count: _builtins.int | None = ...,
         finished_request_count: _builtins.int | None = ...,
         sleeping: _builtins.bool | None = ...,
+        ttft: _metrics_pb2.DurationQuantiles | None = ...,
+        inter_token_latency: _metrics_pb2.DurationQuantiles | None = ...,
+        queue_wait: _metrics_pb2.DurationQuantiles | None = ...,
+        loaded_lora_adapters: _abc.Iterable[_builtins.str] | None = ...,
+        running_lora_adapters: _abc.Iterable[_builtins.str] | None = ...,
+        max_key_value_cache_usage: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_finished_request_count", b"_finished_request_count", "_generation_token_count", b"_generation_token_count", "_key_value_cache_usage", b"_key_value_cache_usage", "_preemption_count", b"_preemption_count", "_prefix_cache_hit_token_count", b"_prefix_cache_hit_token_count", "_prefix_cache_query_token_count", b"_prefix_cache_query_token_count", "_prompt_token_count", b"_prompt_token_count", "_running_request_count", b"_running_request_count", "_sleeping", b"_sleeping", "_waiting_request_count", b"_waiting_request_count", "finished_request_count", b"finished_request_count", "generation_token_count", b"generation_token_count", "key_value_cache_usage", b"key_value_cache_usage", "preemption_count", b"preemption_count", "prefix_cache_hit_token_count", b"prefix_cache_hit_token_count", "prefix_cache_query_token_count", b"prefix_cache_query_token_count", "prompt_token_count", b"prompt_token_count", "running_request_count", b"running_request_count", "sleeping", b"sleeping", "waiting_request_count", b"waiting_request_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_finished_request_count", b"_finished_request_count", "_generation_token_count", b"_generation_token_count", "_key_value_cache_usage", b"_key_value_cache_usage", "_max_key_value_cache_usage", b"_max_key_value_cache_usage", "_preemption_count", b"_preemption_count", "_prefix_cache_hit_token_count", b"_prefix_cache_hit_token_count", "_prefix_cache_query_token_count", b"_prefix_cache_query_token_count", "_prompt_token_count", b"_prompt_token_count", "_running_request_count", b"_running_request_count", "_sleeping", b"_sleeping", "_waiting_request_count", b"_waiting_request_count", "finished_request_count", b"finished_request_count", "generation_token_count", b"generation_token_count", "inter_token_latency", b"inter_token_latency", "key_value_cache_usage", b"key_value_cache_usage", "max_key_value_cache_usage", b"max_key_value_cache_usage", "preemption_count", b"preemption_count", "prefix_cache_hit_token_count", b"prefix_cache_hit_token_count", "prefix_cache_query_token_count", b"prefix_cache_query_token_count", "prompt_token_count", b"prompt_token_count", "queue_wait", b"queue_wait", "running_request_count", b"running_request_count", "sleeping", b"sleeping", "ttft", b"ttft", "waiting_request_count", b"waiting_request_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finished_request_count", b"_finished_request_count", "_generation_token_count", b"_generation_token_count", "_key_value_cache_usage", b"_key_value_cache_usage", "_preemption_count", b"_preemption_count", "_prefix_cache_hit_token_count", b"_prefix_cache_hit_token_count", "_prefix_cache_query_token_count", b"_prefix_cache_query_token_count", "_prompt_token_count", b"_prompt_token_count", "_running_request_count", b"_running_request_count", "_sleeping", b"_sleeping", "_waiting_request_count", b"_waiting_request_count", "finished_request_count", b"finished_request_count", "generation_token_count", b"generation_token_count", "key_value_cache_usage", b"key_value_cache_usage", "preemption_count", b"preemption_count", "prefix_cache_hit_token_count", b"prefix_cache_hit_token_count", "prefix_cache_query_token_count", b"prefix_cache_query_token_count", "prompt_token_count", b"prompt_token_count", "running_request_count", b"running_request_count", "sleeping", b"sleeping", "waiting_request_count", b"waiting_request_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_finished_request_count", b"_finished_request_count", "_generation_token_count", b"_generation_token_count", "_key_value_cache_usage", b"_key_value_cache_usage", "_max_key_value_cache_usage", b"_max_key_value_cache_usage", "_preemption_count", b"_preemption_count", "_prefix_cache_hit_token_count", b"_prefix_cache_hit_token_count", "_prefix_cache_query_token_count", b"_prefix_cache_query_token_count", "_prompt_token_count", b"_prompt_token_count", "_running_request_count", b"_running_request_count", "_sleeping", b"_sleeping", "_waiting_request_count", b"_waiting_request_count", "finished_request_count", b"finished_request_count", "generation_token_count", b"generation_token_count", "inter_token_latency", b"inter_token_latency", "key_value_cache_usage", b"key_value_cache_usage", "loaded_lora_adapters", b"loaded_lora_adapters", "max_key_value_cache_usage", b"max_key_value_cache_usage", "preemption_count", b"preemption_count", "prefix_cache_hit_token_count", b"prefix_cache_hit_token_count", "prefix_cache_query_token_count", b"prefix_cache_query_token_count", "prompt_token_count", b"prompt_token_count", "queue_wait", b"queue_wait", "running_lora_adapters", b"running_lora_adapters", "running_request_count", b"running_request_count", "sleeping", b"sleeping", "ttft", b"ttft", "waiting_request_count", b"waiting_request_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__finished_request_count: _TypeAlias = _typing.Literal["finished_request_count"]  # noqa: Y015
     _WhichOneofArgType__finished_request_count: _TypeAlias = _typing.Literal["_finished_request_count", b"_finished_request_count"]  # noqa: Y015
@@ -285,6 +618,8 @@ class EngineGauges(_message.Message):
     _WhichOneofArgType__generation_token_count: _TypeAlias = _typing.Literal["_generation_token_count", b"_generation_token_count"]  # noqa: Y015
     _WhichOneofReturnType__key_value_cache_usage: _TypeAlias = _typing.Literal["key_value_cache_usage"]  # noqa: Y015
     _WhichOneofArgType__key_value_cache_usage: _TypeAlias = _typing.Literal["_key_value_cache_usage", b"_key_value_cache_usage"]  # noqa: Y015
+    _WhichOneofReturnType__max_key_value_cache_usage: _TypeAlias = _typing.Literal["max_key_value_cache_usage"]  # noqa: Y015
+    _WhichOneofArgType__max_key_value_cache_usage: _TypeAlias = _typing.Literal["_max_key_value_cache_usage", b"_max_key_value_cache_usage"]  # noqa: Y015
     _WhichOneofReturnType__preemption_count: _TypeAlias = _typing.Literal["preemption_count"]  # noqa: Y015
     _WhichOneofArgType__preemption_count: _TypeAlias = _typing.Literal["_preemption_count", b"_preemption_count"]  # noqa: Y015
     _WhichOneofReturnType__prefix_cache_hit_token_count: _TypeAlias = _typing.Literal["prefix_cache_hit_token_count"]  # noqa: Y015
@@ -305,6 +640,8 @@ class EngineGauges(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__generation_token_count) -> _WhichOneofReturnType__generation_token_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__key_value_cache_usage) -> _WhichOneofReturnType__key_value_cache_usage | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_key_value_cache_usage) -> _WhichOneofReturnType__max_key_value_cache_usage | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__preemption_count) -> _WhichOneofReturnType__preemption_count | None: ...
     @_typing.overload
@@ -340,6 +677,18 @@ class GpuReading(_message.Message):
     SM_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
     THROTTLE_REASONS_FIELD_NUMBER: _builtins.int
     UNCORRECTED_ECC_ERROR_COUNT_FIELD_NUMBER: _builtins.int
+    CORRECTED_ECC_ERROR_COUNT_FIELD_NUMBER: _builtins.int
+    ROW_REMAP_PENDING_FIELD_NUMBER: _builtins.int
+    ROW_REMAP_FAILED_FIELD_NUMBER: _builtins.int
+    XID_ERRORS_FIELD_NUMBER: _builtins.int
+    MEMORY_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    MEMORY_UTILIZATION_FIELD_NUMBER: _builtins.int
+    MEMORY_TEMPERATURE_CELSIUS_FIELD_NUMBER: _builtins.int
+    NVLINK_COUNT_FIELD_NUMBER: _builtins.int
+    ACTIVE_NVLINK_COUNT_FIELD_NUMBER: _builtins.int
+    NVLINK_ERROR_COUNT_FIELD_NUMBER: _builtins.int
+    ENGINE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    FOREIGN_PROCESS_COUNT_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Index on the host."""
     uuid: _builtins.str
@@ -362,9 +711,35 @@ class GpuReading(_message.Message):
     """Clock of the multiprocessors, MHz."""
     uncorrected_ecc_error_count: _builtins.int
     """Uncorrected ECC errors since the driver loaded."""
+    corrected_ecc_error_count: _builtins.int
+    """Corrected ECC errors since the driver loaded."""
+    row_remap_pending: _builtins.bool
+    """Memory that went bad has yet to be replaced by spare rows, which takes a reset."""
+    row_remap_failed: _builtins.bool
+    """Memory went bad and there are no spare rows left: the GPU should be replaced."""
+    memory_clock_mhz: _builtins.int
+    """Clock of the memory, MHz."""
+    memory_utilization: _builtins.float
+    """Share of time that the memory was read or written, 0 to 1."""
+    memory_temperature_celsius: _builtins.float
+    """Temperature of the memory, degrees Celsius."""
+    nvlink_count: _builtins.int
+    """NVLinks that it has."""
+    active_nvlink_count: _builtins.int
+    """Of those, the ones that work."""
+    nvlink_error_count: _builtins.int
+    """Replays, recoveries and CRC errors of its NVLinks since the driver loaded."""
+    engine_memory_bytes: _builtins.int
+    """Memory held by the engine's own processes, bytes. Absent: unknown."""
+    foreign_process_count: _builtins.int
+    """Processes that hold memory of it and are not the engine's. Absent: unknown."""
     @_builtins.property
     def throttle_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Reasons why clocks are reduced, as NVML names them."""
+
+    @_builtins.property
+    def xid_errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___XidError]:
+        """Critical errors of the driver since the agent started, the latest last. At most 8."""
 
     def __init__(
         self,
@@ -381,15 +756,49 @@ class GpuReading(_message.Message):
         sm_clock_mhz: _builtins.int | None = ...,
         throttle_reasons: _abc.Iterable[_builtins.str] | None = ...,
         uncorrected_ecc_error_count: _builtins.int | None = ...,
+        corrected_ecc_error_count: _builtins.int | None = ...,
+        row_remap_pending: _builtins.bool | None = ...,
+        row_remap_failed: _builtins.bool | None = ...,
+        xid_errors: _abc.Iterable[Global___XidError] | None = ...,
+        memory_clock_mhz: _builtins.int | None = ...,
+        memory_utilization: _builtins.float | None = ...,
+        memory_temperature_celsius: _builtins.float | None = ...,
+        nvlink_count: _builtins.int | None = ...,
+        active_nvlink_count: _builtins.int | None = ...,
+        nvlink_error_count: _builtins.int | None = ...,
+        engine_memory_bytes: _builtins.int | None = ...,
+        foreign_process_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_limit_watts", b"_power_limit_watts", "_power_watts", b"_power_watts", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_total_memory_bytes", b"_total_memory_bytes", "_uncorrected_ecc_error_count", b"_uncorrected_ecc_error_count", "_used_memory_bytes", b"_used_memory_bytes", "_utilization", b"_utilization", "power_limit_watts", b"power_limit_watts", "power_watts", b"power_watts", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "total_memory_bytes", b"total_memory_bytes", "uncorrected_ecc_error_count", b"uncorrected_ecc_error_count", "used_memory_bytes", b"used_memory_bytes", "utilization", b"utilization"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_active_nvlink_count", b"_active_nvlink_count", "_corrected_ecc_error_count", b"_corrected_ecc_error_count", "_engine_memory_bytes", b"_engine_memory_bytes", "_foreign_process_count", b"_foreign_process_count", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_temperature_celsius", b"_memory_temperature_celsius", "_memory_utilization", b"_memory_utilization", "_nvlink_count", b"_nvlink_count", "_nvlink_error_count", b"_nvlink_error_count", "_power_limit_watts", b"_power_limit_watts", "_power_watts", b"_power_watts", "_row_remap_failed", b"_row_remap_failed", "_row_remap_pending", b"_row_remap_pending", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_total_memory_bytes", b"_total_memory_bytes", "_uncorrected_ecc_error_count", b"_uncorrected_ecc_error_count", "_used_memory_bytes", b"_used_memory_bytes", "_utilization", b"_utilization", "active_nvlink_count", b"active_nvlink_count", "corrected_ecc_error_count", b"corrected_ecc_error_count", "engine_memory_bytes", b"engine_memory_bytes", "foreign_process_count", b"foreign_process_count", "memory_clock_mhz", b"memory_clock_mhz", "memory_temperature_celsius", b"memory_temperature_celsius", "memory_utilization", b"memory_utilization", "nvlink_count", b"nvlink_count", "nvlink_error_count", b"nvlink_error_count", "power_limit_watts", b"power_limit_watts", "power_watts", b"power_watts", "row_remap_failed", b"row_remap_failed", "row_remap_pending", b"row_remap_pending", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "total_memory_bytes", b"total_memory_bytes", "uncorrected_ecc_error_count", b"uncorrected_ecc_error_count", "used_memory_bytes", b"used_memory_bytes", "utilization", b"utilization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_limit_watts", b"_power_limit_watts", "_power_watts", b"_power_watts", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_total_memory_bytes", b"_total_memory_bytes", "_uncorrected_ecc_error_count", b"_uncorrected_ecc_error_count", "_used_memory_bytes", b"_used_memory_bytes", "_utilization", b"_utilization", "index", b"index", "name", b"name", "power_limit_watts", b"power_limit_watts", "power_watts", b"power_watts", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "throttle_reasons", b"throttle_reasons", "total_memory_bytes", b"total_memory_bytes", "uncorrected_ecc_error_count", b"uncorrected_ecc_error_count", "used_memory_bytes", b"used_memory_bytes", "utilization", b"utilization", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_active_nvlink_count", b"_active_nvlink_count", "_corrected_ecc_error_count", b"_corrected_ecc_error_count", "_engine_memory_bytes", b"_engine_memory_bytes", "_foreign_process_count", b"_foreign_process_count", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_temperature_celsius", b"_memory_temperature_celsius", "_memory_utilization", b"_memory_utilization", "_nvlink_count", b"_nvlink_count", "_nvlink_error_count", b"_nvlink_error_count", "_power_limit_watts", b"_power_limit_watts", "_power_watts", b"_power_watts", "_row_remap_failed", b"_row_remap_failed", "_row_remap_pending", b"_row_remap_pending", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_celsius", b"_temperature_celsius", "_total_memory_bytes", b"_total_memory_bytes", "_uncorrected_ecc_error_count", b"_uncorrected_ecc_error_count", "_used_memory_bytes", b"_used_memory_bytes", "_utilization", b"_utilization", "active_nvlink_count", b"active_nvlink_count", "corrected_ecc_error_count", b"corrected_ecc_error_count", "engine_memory_bytes", b"engine_memory_bytes", "foreign_process_count", b"foreign_process_count", "index", b"index", "memory_clock_mhz", b"memory_clock_mhz", "memory_temperature_celsius", b"memory_temperature_celsius", "memory_utilization", b"memory_utilization", "name", b"name", "nvlink_count", b"nvlink_count", "nvlink_error_count", b"nvlink_error_count", "power_limit_watts", b"power_limit_watts", "power_watts", b"power_watts", "row_remap_failed", b"row_remap_failed", "row_remap_pending", b"row_remap_pending", "sm_clock_mhz", b"sm_clock_mhz", "temperature_celsius", b"temperature_celsius", "throttle_reasons", b"throttle_reasons", "total_memory_bytes", b"total_memory_bytes", "uncorrected_ecc_error_count", b"uncorrected_ecc_error_count", "used_memory_bytes", b"used_memory_bytes", "utilization", b"utilization", "uuid", b"uuid", "xid_errors", b"xid_errors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__active_nvlink_count: _TypeAlias = _typing.Literal["active_nvlink_count"]  # noqa: Y015
+    _WhichOneofArgType__active_nvlink_count: _TypeAlias = _typing.Literal["_active_nvlink_count", b"_active_nvlink_count"]  # noqa: Y015
+    _WhichOneofReturnType__corrected_ecc_error_count: _TypeAlias = _typing.Literal["corrected_ecc_error_count"]  # noqa: Y015
+    _WhichOneofArgType__corrected_ecc_error_count: _TypeAlias = _typing.Literal["_corrected_ecc_error_count", b"_corrected_ecc_error_count"]  # noqa: Y015
+    _WhichOneofReturnType__engine_memory_bytes: _TypeAlias = _typing.Literal["engine_memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__engine_memory_bytes: _TypeAlias = _typing.Literal["_engine_memory_bytes", b"_engine_memory_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__foreign_process_count: _TypeAlias = _typing.Literal["foreign_process_count"]  # noqa: Y015
+    _WhichOneofArgType__foreign_process_count: _TypeAlias = _typing.Literal["_foreign_process_count", b"_foreign_process_count"]  # noqa: Y015
+    _WhichOneofReturnType__memory_clock_mhz: _TypeAlias = _typing.Literal["memory_clock_mhz"]  # noqa: Y015
+    _WhichOneofArgType__memory_clock_mhz: _TypeAlias = _typing.Literal["_memory_clock_mhz", b"_memory_clock_mhz"]  # noqa: Y015
+    _WhichOneofReturnType__memory_temperature_celsius: _TypeAlias = _typing.Literal["memory_temperature_celsius"]  # noqa: Y015
+    _WhichOneofArgType__memory_temperature_celsius: _TypeAlias = _typing.Literal["_memory_temperature_celsius", b"_memory_temperature_celsius"]  # noqa: Y015
+    _WhichOneofReturnType__memory_utilization: _TypeAlias = _typing.Literal["memory_utilization"]  # noqa: Y015
+    _WhichOneofArgType__memory_utilization: _TypeAlias = _typing.Literal["_memory_utilization", b"_memory_utilization"]  # noqa: Y015
+    _WhichOneofReturnType__nvlink_count: _TypeAlias = _typing.Literal["nvlink_count"]  # noqa: Y015
+    _WhichOneofArgType__nvlink_count: _TypeAlias = _typing.Literal["_nvlink_count", b"_nvlink_count"]  # noqa: Y015
+    _WhichOneofReturnType__nvlink_error_count: _TypeAlias = _typing.Literal["nvlink_error_count"]  # noqa: Y015
+    _WhichOneofArgType__nvlink_error_count: _TypeAlias = _typing.Literal["_nvlink_error_count", b"_nvlink_error_count"]  # noqa: Y015
     _WhichOneofReturnType__power_limit_watts: _TypeAlias = _typing.Literal["power_limit_watts"]  # noqa: Y015
     _WhichOneofArgType__power_limit_watts: _TypeAlias = _typing.Literal["_power_limit_watts", b"_power_limit_watts"]  # noqa: Y015
     _WhichOneofReturnType__power_watts: _TypeAlias = _typing.Literal["power_watts"]  # noqa: Y015
     _WhichOneofArgType__power_watts: _TypeAlias = _typing.Literal["_power_watts", b"_power_watts"]  # noqa: Y015
+    _WhichOneofReturnType__row_remap_failed: _TypeAlias = _typing.Literal["row_remap_failed"]  # noqa: Y015
+    _WhichOneofArgType__row_remap_failed: _TypeAlias = _typing.Literal["_row_remap_failed", b"_row_remap_failed"]  # noqa: Y015
+    _WhichOneofReturnType__row_remap_pending: _TypeAlias = _typing.Literal["row_remap_pending"]  # noqa: Y015
+    _WhichOneofArgType__row_remap_pending: _TypeAlias = _typing.Literal["_row_remap_pending", b"_row_remap_pending"]  # noqa: Y015
     _WhichOneofReturnType__sm_clock_mhz: _TypeAlias = _typing.Literal["sm_clock_mhz"]  # noqa: Y015
     _WhichOneofArgType__sm_clock_mhz: _TypeAlias = _typing.Literal["_sm_clock_mhz", b"_sm_clock_mhz"]  # noqa: Y015
     _WhichOneofReturnType__temperature_celsius: _TypeAlias = _typing.Literal["temperature_celsius"]  # noqa: Y015
@@ -403,9 +812,31 @@ class GpuReading(_message.Message):
     _WhichOneofReturnType__utilization: _TypeAlias = _typing.Literal["utilization"]  # noqa: Y015
     _WhichOneofArgType__utilization: _TypeAlias = _typing.Literal["_utilization", b"_utilization"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__active_nvlink_count) -> _WhichOneofReturnType__active_nvlink_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__corrected_ecc_error_count) -> _WhichOneofReturnType__corrected_ecc_error_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__engine_memory_bytes) -> _WhichOneofReturnType__engine_memory_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__foreign_process_count) -> _WhichOneofReturnType__foreign_process_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_clock_mhz) -> _WhichOneofReturnType__memory_clock_mhz | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_temperature_celsius) -> _WhichOneofReturnType__memory_temperature_celsius | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_utilization) -> _WhichOneofReturnType__memory_utilization | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nvlink_count) -> _WhichOneofReturnType__nvlink_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nvlink_error_count) -> _WhichOneofReturnType__nvlink_error_count | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__power_limit_watts) -> _WhichOneofReturnType__power_limit_watts | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__power_watts) -> _WhichOneofReturnType__power_watts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__row_remap_failed) -> _WhichOneofReturnType__row_remap_failed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__row_remap_pending) -> _WhichOneofReturnType__row_remap_pending | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sm_clock_mhz) -> _WhichOneofReturnType__sm_clock_mhz | None: ...
     @_typing.overload
@@ -420,6 +851,272 @@ class GpuReading(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__utilization) -> _WhichOneofReturnType__utilization | None: ...
 
 Global___GpuReading: _TypeAlias = GpuReading  # noqa: Y015
+
+@_typing.final
+class XidError(_message.Message):
+    """XidError is a critical error that the driver reported of a GPU."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    ERROR_TIME_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """Its number, as in NVIDIA's list of Xid errors."""
+    @_builtins.property
+    def error_time(self) -> _timestamp_pb2.Timestamp:
+        """When the agent heard of it."""
+
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        error_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error_time", b"error_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "error_time", b"error_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___XidError: _TypeAlias = XidError  # noqa: Y015
+
+@_typing.final
+class GpuFault(_message.Message):
+    """GpuFault is something wrong with a GPU of an instance."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_UUID_FIELD_NUMBER: _builtins.int
+    GPU_INDEX_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    BEGIN_TIME_FIELD_NUMBER: _builtins.int
+    QUARANTINES_FIELD_NUMBER: _builtins.int
+    gpu_uuid: _builtins.str
+    """The GPU's identity."""
+    gpu_index: _builtins.int
+    """Its index on the host."""
+    kind: Global___GpuFaultKind.ValueType
+    """What is wrong."""
+    message: _builtins.str
+    """The same in a sentence."""
+    quarantines: _builtins.bool
+    """Whether the instance is out of the rotation for it."""
+    @_builtins.property
+    def begin_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when."""
+
+    def __init__(
+        self,
+        *,
+        gpu_uuid: _builtins.str = ...,
+        gpu_index: _builtins.int = ...,
+        kind: Global___GpuFaultKind.ValueType = ...,
+        message: _builtins.str = ...,
+        begin_time: _timestamp_pb2.Timestamp | None = ...,
+        quarantines: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "gpu_index", b"gpu_index", "gpu_uuid", b"gpu_uuid", "kind", b"kind", "message", b"message", "quarantines", b"quarantines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuFault: _TypeAlias = GpuFault  # noqa: Y015
+
+@_typing.final
+class EngineProcess(_message.Message):
+    """EngineProcess is the process of an engine that its agent supervises."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    RESTART_COUNT_FIELD_NUMBER: _builtins.int
+    LAST_EXIT_CODE_FIELD_NUMBER: _builtins.int
+    LAST_LOG_LINES_FIELD_NUMBER: _builtins.int
+    NEXT_START_TIME_FIELD_NUMBER: _builtins.int
+    state: Global___EngineProcessState.ValueType
+    """Where its life is."""
+    process_id: _builtins.int
+    """Its process id. 0: there is none now."""
+    restart_count: _builtins.int
+    """How often it was started again since the agent started."""
+    last_exit_code: _builtins.int
+    """Exit code of the last one that ended; negative: the signal that ended it. Absent: none ended."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was last started. Absent: never."""
+
+    @_builtins.property
+    def last_log_lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Last lines of what that one wrote, oldest first. At most 20 of 256 characters."""
+
+    @_builtins.property
+    def next_start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it is started again. Absent unless it is backing off."""
+
+    def __init__(
+        self,
+        *,
+        state: Global___EngineProcessState.ValueType = ...,
+        process_id: _builtins.int = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        restart_count: _builtins.int = ...,
+        last_exit_code: _builtins.int | None = ...,
+        last_log_lines: _abc.Iterable[_builtins.str] | None = ...,
+        next_start_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_exit_code", b"_last_exit_code", "last_exit_code", b"last_exit_code", "next_start_time", b"next_start_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_exit_code", b"_last_exit_code", "last_exit_code", b"last_exit_code", "last_log_lines", b"last_log_lines", "next_start_time", b"next_start_time", "process_id", b"process_id", "restart_count", b"restart_count", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__last_exit_code: _TypeAlias = _typing.Literal["last_exit_code"]  # noqa: Y015
+    _WhichOneofArgType__last_exit_code: _TypeAlias = _typing.Literal["_last_exit_code", b"_last_exit_code"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_exit_code) -> _WhichOneofReturnType__last_exit_code | None: ...
+
+Global___EngineProcess: _TypeAlias = EngineProcess  # noqa: Y015
+
+@_typing.final
+class LoraAdapter(_message.Message):
+    """LoraAdapter is a LoRA adapter and where the engine finds it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name under which requests ask for it, as a model. 1 to 128 characters."""
+    path: _builtins.str
+    """Folder on the engine's host, or a name in a repository that the engine can reach. 1 to 1,024 characters."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoraAdapter: _TypeAlias = LoraAdapter  # noqa: Y015
+
+@_typing.final
+class LoraAdapters(_message.Message):
+    """LoraAdapters is a set of adapters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoraAdapter]:
+        """The adapters, by name. At most 128."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___LoraAdapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoraAdapters: _TypeAlias = LoraAdapters  # noqa: Y015
+
+@_typing.final
+class Sleep(_message.Message):
+    """Sleep is an operator's order that an engine sleeps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_TIME_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    ASLEEP_FIELD_NUMBER: _builtins.int
+    level: _builtins.int
+    """1: weights go to the host's memory. 2: weights are dropped."""
+    asleep: _builtins.bool
+    """Whether the engine says that it sleeps."""
+    @_builtins.property
+    def begin_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was ordered."""
+
+    def __init__(
+        self,
+        *,
+        begin_time: _timestamp_pb2.Timestamp | None = ...,
+        level: _builtins.int = ...,
+        asleep: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asleep", b"asleep", "begin_time", b"begin_time", "level", b"level"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sleep: _TypeAlias = Sleep  # noqa: Y015
+
+@_typing.final
+class LearnedPerformance(_message.Message):
+    """LearnedPerformance is how fast an instance is by what was seen of it, beside what
+    its engine says of itself.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    OBSERVATION_COUNT_FIELD_NUMBER: _builtins.int
+    SLOWDOWN_FIELD_NUMBER: _builtins.int
+    SINGLE_STEP_DURATION_FIELD_NUMBER: _builtins.int
+    STEP_DURATION_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    TTFT_FIELD_NUMBER: _builtins.int
+    PREFILL_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """Kind of instance whose step-time model is used: model, GPU and parallel sizes."""
+    observation_count: _builtins.int
+    """Observations of the kind's model. 0: it is a guess."""
+    slowdown: _builtins.float
+    """How much slower than its kind it is, as a factor: 1 is the same, 2 takes twice as long."""
+    prefill_tokens_per_second: _builtins.float
+    """Prompt tokens per second of a long prompt alone, as predicted."""
+    prefill_request_count: _builtins.int
+    """Requests that the model says are waiting for their first token there."""
+    @_builtins.property
+    def single_step_duration(self) -> _duration_pb2.Duration:
+        """Time of a step that decodes one sequence, as predicted."""
+
+    @_builtins.property
+    def step_duration(self) -> _duration_pb2.Duration:
+        """Time of a step that decodes as many sequences as run there now, as predicted."""
+
+    @_builtins.property
+    def ttft(self) -> _duration_pb2.Duration:
+        """Time to first token that a request of 1,000 prompt tokens would have now, as predicted."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        observation_count: _builtins.int = ...,
+        slowdown: _builtins.float = ...,
+        single_step_duration: _duration_pb2.Duration | None = ...,
+        step_duration: _duration_pb2.Duration | None = ...,
+        prefill_tokens_per_second: _builtins.float = ...,
+        ttft: _duration_pb2.Duration | None = ...,
+        prefill_request_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["single_step_duration", b"single_step_duration", "step_duration", b"step_duration", "ttft", b"ttft"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "observation_count", b"observation_count", "prefill_request_count", b"prefill_request_count", "prefill_tokens_per_second", b"prefill_tokens_per_second", "single_step_duration", b"single_step_duration", "slowdown", b"slowdown", "step_duration", b"step_duration", "ttft", b"ttft"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LearnedPerformance: _TypeAlias = LearnedPerformance  # noqa: Y015
 
 @_typing.final
 class Instance(_message.Message):
@@ -443,6 +1140,15 @@ class Instance(_message.Message):
     COMPLETED_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
     FAILED_ATTEMPT_COUNT_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    GPU_FAULTS_FIELD_NUMBER: _builtins.int
+    LEARNED_FIELD_NUMBER: _builtins.int
+    SLEEP_FIELD_NUMBER: _builtins.int
+    DESIRED_LORA_ADAPTERS_FIELD_NUMBER: _builtins.int
+    ENGINE_PROCESS_FIELD_NUMBER: _builtins.int
+    CLOCK_OFFSET_FIELD_NUMBER: _builtins.int
+    REFUSED_HEARTBEAT_COUNT_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_REFUSAL_FIELD_NUMBER: _builtins.int
+    AGENT_VERSION_FIELD_NUMBER: _builtins.int
     state: Global___InstanceState.ValueType
     """Where it is in its life cycle."""
     state_reason: _builtins.str
@@ -459,6 +1165,12 @@ class Instance(_message.Message):
     """Requests that it completed."""
     failed_attempt_count: _builtins.int
     """Attempts that it lost."""
+    refused_heartbeat_count: _builtins.int
+    """Heartbeats of it that were refused."""
+    heartbeat_refusal: _builtins.str
+    """Why the last one was. Empty: none was."""
+    agent_version: _builtins.str
+    """Version of its agent. Empty: none."""
     @_builtins.property
     def spec(self) -> Global___InstanceSpec:
         """What it is."""
@@ -491,6 +1203,32 @@ class Instance(_message.Message):
     def drain(self) -> Global___Drain:
         """The order that it takes no new work. Absent: there is none."""
 
+    @_builtins.property
+    def gpu_faults(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuFault]:
+        """What is wrong with its GPUs."""
+
+    @_builtins.property
+    def learned(self) -> Global___LearnedPerformance:
+        """How fast it is by what was seen of it. Absent: nothing was seen of its kind."""
+
+    @_builtins.property
+    def sleep(self) -> Global___Sleep:
+        """The order that its engine sleeps. Absent: there is none."""
+
+    @_builtins.property
+    def desired_lora_adapters(self) -> Global___LoraAdapters:
+        """The LoRA adapters that it was told to have. Absent: it was told nothing."""
+
+    @_builtins.property
+    def engine_process(self) -> Global___EngineProcess:
+        """Its engine's process. Absent: nobody supervises it."""
+
+    @_builtins.property
+    def clock_offset(self) -> _duration_pb2.Duration:
+        """How far the clock of its agent is ahead of the control plane's, with the way
+        of the last heartbeat. Absent: unknown.
+        """
+
     def __init__(
         self,
         *,
@@ -510,10 +1248,19 @@ class Instance(_message.Message):
         completed_request_count: _builtins.int = ...,
         failed_attempt_count: _builtins.int = ...,
         drain: Global___Drain | None = ...,
+        gpu_faults: _abc.Iterable[Global___GpuFault] | None = ...,
+        learned: Global___LearnedPerformance | None = ...,
+        sleep: Global___Sleep | None = ...,
+        desired_lora_adapters: Global___LoraAdapters | None = ...,
+        engine_process: Global___EngineProcess | None = ...,
+        clock_offset: _duration_pb2.Duration | None = ...,
+        refused_heartbeat_count: _builtins.int = ...,
+        heartbeat_refusal: _builtins.str = ...,
+        agent_version: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "engine", b"engine", "heartbeat_time", b"heartbeat_time", "lease_expire_time", b"lease_expire_time", "mean_ttft", b"mean_ttft", "register_time", b"register_time", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_offset", b"clock_offset", "desired_lora_adapters", b"desired_lora_adapters", "drain", b"drain", "engine", b"engine", "engine_process", b"engine_process", "heartbeat_time", b"heartbeat_time", "learned", b"learned", "lease_expire_time", b"lease_expire_time", "mean_ttft", b"mean_ttft", "register_time", b"register_time", "sleep", b"sleep", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed_request_count", b"completed_request_count", "drain", b"drain", "engine", b"engine", "failed_attempt_count", b"failed_attempt_count", "gpu_absent_reason", b"gpu_absent_reason", "gpus", b"gpus", "heartbeat_time", b"heartbeat_time", "in_flight_request_count", b"in_flight_request_count", "incarnation", b"incarnation", "lease_expire_time", b"lease_expire_time", "max_concurrent_request_count", b"max_concurrent_request_count", "mean_ttft", b"mean_ttft", "register_time", b"register_time", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "clock_offset", b"clock_offset", "completed_request_count", b"completed_request_count", "desired_lora_adapters", b"desired_lora_adapters", "drain", b"drain", "engine", b"engine", "engine_process", b"engine_process", "failed_attempt_count", b"failed_attempt_count", "gpu_absent_reason", b"gpu_absent_reason", "gpu_faults", b"gpu_faults", "gpus", b"gpus", "heartbeat_refusal", b"heartbeat_refusal", "heartbeat_time", b"heartbeat_time", "in_flight_request_count", b"in_flight_request_count", "incarnation", b"incarnation", "learned", b"learned", "lease_expire_time", b"lease_expire_time", "max_concurrent_request_count", b"max_concurrent_request_count", "mean_ttft", b"mean_ttft", "refused_heartbeat_count", b"refused_heartbeat_count", "register_time", b"register_time", "sleep", b"sleep", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

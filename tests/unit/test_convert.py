@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from sagecp.client import convert as client_convert
 from sagecp.core import errors as core_errors
+from sagecp.core.engine_state import EngineCapability
 from sagecp.core.errors import (
     ErrorReason,
     Failure,
@@ -31,6 +32,7 @@ from sagecp.core.errors import (
     QueueFullError,
     RequestNotFoundError,
 )
+from sagecp.core.gpu import GpuDevice, GpuLink, GpuLinkKind
 from sagecp.core.instance_load import InstanceLoad
 from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
@@ -66,7 +68,7 @@ from sagecp.core.types import (
     Usage,
 )
 from sagecp.rpc.convert.admin import metrics_to_proto, status_to_proto
-from sagecp.rpc.convert.common import duration, seconds_of, struct_to_json, timestamp, value_to_json
+from sagecp.rpc.convert.common import struct_to_json, value_to_json
 from sagecp.rpc.convert.fleet import (
     heartbeat_from_proto,
     instance_from_proto,
@@ -98,6 +100,7 @@ from sagecp.v1 import (
     request_pb2,
     scheduling_pb2,
 )
+from sagecp.wire.times import duration, seconds_of, timestamp
 
 
 def spec_from(text: str) -> request_pb2.RequestSpec:
@@ -764,7 +767,11 @@ FULL_INSTANCE = """{
                     "expertParallelSize": 5},
   "gpuCount": 6, "gpuMemoryGib": 80.0, "gpuName": "H100", "maxContextTokenCount": 4096,
   "keyValueTokenCapacity": "100000", "maxConcurrentRequestCount": 32, "engineKind": "ENGINE_KIND_SIMULATED",
-  "engineVersion": "1.0", "usdPerGpuHour": 2.5, "hostId": "host", "labels": {"zone": "a"}
+  "engineVersion": "1.0", "usdPerGpuHour": 2.5, "hostId": "host", "labels": {"zone": "a"},
+  "gpuDevices": [{"index": 1, "uuid": "GPU-1", "name": "H100", "pciBusId": "00000000:17:00.0", "numaNode": 0,
+    "totalMemoryBytes": "85899345920", "maxSmClockMhz": 1980, "slowdownTemperatureCelsius": 87.0,
+    "links": [{"peerUuid": "GPU-2", "kind": "GPU_LINK_KIND_NVLINK", "nvlinkCount": 4}]}],
+  "engineConfiguration": {"block_size": "16"}, "engineCapabilities": ["ENGINE_CAPABILITY_LORA"]
 }"""
 
 
@@ -797,6 +804,21 @@ def test_an_instance_survives_the_round_trip() -> None:
         engine_kind="simulated",
         engine_version="1.0",
         usd_per_gpu_hour=2.5,
+        gpu_devices=(
+            GpuDevice(
+                index=1,
+                uuid="GPU-1",
+                name="H100",
+                pci_bus_id="00000000:17:00.0",
+                numa_node=0,
+                total_memory_bytes=80 << 30,
+                max_sm_clock_mhz=1980,
+                slowdown_temperature_celsius=87.0,
+                links=(GpuLink("GPU-2", GpuLinkKind.NVLINK, 4),),
+            ),
+        ),
+        engine_configuration={"block_size": "16"},
+        engine_capabilities=frozenset({EngineCapability.LORA}),
         host_id="host",
         labels={"zone": "a"},
         api_key="a-secret",

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from sagecp.core.prediction.accuracy import QuantityAccuracy
 from sagecp.core.types import ControlPlaneStatus, DurationQuantiles, PerformanceMetrics
-from sagecp.rpc.convert.common import duration, timestamp
 from sagecp.v1 import admin_service_pb2, metrics_pb2, scheduling_pb2
+from sagecp.wire.times import duration, timestamp
 
 
 def metrics_to_proto(metrics: PerformanceMetrics) -> metrics_pb2.PerformanceMetrics:

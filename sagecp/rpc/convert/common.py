@@ -5,31 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from google.protobuf.descriptor import EnumDescriptor
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from sagecp.core.errors import FieldViolation
 
-_NANOS = 1_000_000_000
 _JSON_INTEGER_LIMIT = 2.0**53
-
-
-def timestamp(time_s: float) -> Timestamp:
-    """Return Unix seconds as a Timestamp."""
-    seconds = int(time_s // 1)
-    return Timestamp(seconds=seconds, nanos=min(_NANOS - 1, int((time_s - seconds) * _NANOS)))
-
-
-def duration(seconds: float) -> Duration:
-    """Return seconds, not negative, as a Duration."""
-    whole = int(seconds)
-    return Duration(seconds=whole, nanos=min(_NANOS - 1, int((seconds - whole) * _NANOS)))
-
-
-def seconds_of(value: Duration) -> float:
-    """Return a Duration in seconds."""
-    return value.seconds + value.nanos / _NANOS
 
 
 def value_to_json(value: Value) -> Any:  # noqa: ANN401 - any JSON value

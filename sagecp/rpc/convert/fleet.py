@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,8 +19,16 @@ from sagecp.core.types import (
     InstanceState,
 )
 from sagecp.core.validation import instance_violations
-from sagecp.rpc.convert.common import check_enum, duration, prefixed, seconds_of, timestamp
+from sagecp.rpc.convert.common import check_enum, prefixed
 from sagecp.v1 import fleet_service_pb2, instance_pb2, parallelism_pb2
+from sagecp.wire.engine import (
+    capabilities_from_proto,
+    capabilities_to_proto,
+    gauges_from_proto,
+    gauges_to_proto,
+)
+from sagecp.wire.gpu import device_from_proto, device_to_proto, reading_from_proto, reading_to_proto
+from sagecp.wire.times import duration, seconds_of, timestamp
 
 _ENGINE_KINDS = {
     instance_pb2.ENGINE_KIND_UNSPECIFIED: "vllm",
@@ -39,6 +48,8 @@ _OPTIONAL_SPEC_FIELDS = (
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 MAX_GRACE_S = 30 * 86_400.0
 """Longest grace period of a drain: a month."""
+MAX_GPU_DEVICE_COUNT = 64
+"""Most GPUs of one instance whose particulars are kept."""
 
 
 def instance_from_proto(spec: instance_pb2.InstanceSpec) -> ExecutionInstance:
@@ -75,6 +86,9 @@ def instance_from_proto(spec: instance_pb2.InstanceSpec) -> ExecutionInstance:
         host_id=spec.host_id,
         labels=dict(spec.labels),
         api_key=spec.engine_api_key,
+        gpu_devices=tuple(device_from_proto(device) for device in spec.gpu_devices[:MAX_GPU_DEVICE_COUNT]),
+        engine_configuration=dict(spec.engine_configuration),
+        engine_capabilities=capabilities_from_proto(list(spec.engine_capabilities)),
         **optional,
     )
     named = {violation.field for violation in violations}
@@ -126,20 +140,23 @@ def instance_to_proto(record: InstanceRecord, wall_offset_s: float) -> instance_
             usd_per_gpu_hour=spec.usd_per_gpu_hour,
             host_id=spec.host_id,
             labels=dict(spec.labels),
+            gpu_devices=[device_to_proto(device) for device in spec.gpu_devices],
+            engine_configuration=dict(spec.engine_configuration),
+            engine_capabilities=capabilities_to_proto(spec.engine_capabilities),
         ),
         state=instance_pb2.InstanceState.ValueType(record.state.value),
         state_reason=record.state_reason,
         incarnation=record.incarnation,
         in_flight_request_count=record.in_flight_count,
         max_concurrent_request_count=record.concurrency_limit,
-        gpus=[_gpu_to_proto(gpu) for gpu in record.gpus],
+        gpus=[reading_to_proto(gpu) for gpu in record.gpus],
         gpu_absent_reason=record.gpu_absent_reason,
         register_time=timestamp(record.register_s + wall_offset_s),
         completed_request_count=record.completed_request_count,
         failed_attempt_count=record.failed_attempt_count,
     )
     if record.gauges is not None:
-        message.engine.CopyFrom(_gauges_to_proto(record.gauges))
+        message.engine.CopyFrom(gauges_to_proto(record.gauges))
     if record.heartbeat_s is not None:
         message.heartbeat_time.CopyFrom(timestamp(record.heartbeat_s + wall_offset_s))
     if record.lease_expire_s is not None:
@@ -227,43 +244,21 @@ _ROUNDING = 0.01
 _CONDITIONS = frozenset(condition.value for condition in EngineCondition)
 
 
-def _gauges_from_proto(gauges: instance_pb2.EngineGauges) -> EngineGauges:
-    # Only what is set: an absent gauge is unknown, not zero.
-    values = {descriptor.name: value for descriptor, value in gauges.ListFields()}
-    usage = values.get("key_value_cache_usage")
+def _gauges_from_proto(message: instance_pb2.EngineGauges) -> EngineGauges:
+    gauges = gauges_from_proto(message)
+    usage = gauges.key_value_cache_usage
     if usage is not None:
         if not 0.0 <= usage <= 1.0 + _ROUNDING:
             raise InvalidRequestError(
                 [FieldViolation("engine.key_value_cache_usage", f"is {usage:g}; must be 0 to 1")]
             )
-        values["key_value_cache_usage"] = min(usage, 1.0)
-    return EngineGauges(**values)
+        gauges = dataclasses.replace(gauges, key_value_cache_usage=min(usage, 1.0))
+    return gauges
 
 
-def _gauges_to_proto(gauges: EngineGauges) -> instance_pb2.EngineGauges:
-    return instance_pb2.EngineGauges(
-        **{name: getattr(gauges, name) for name in _GAUGE_NAMES if getattr(gauges, name) is not None}
-    )
-
-
-_GAUGE_NAMES = tuple(field.name for field in instance_pb2.EngineGauges.DESCRIPTOR.fields)
-
-
-def _gpu_from_proto(gpu: instance_pb2.GpuReading) -> GpuReading:
-    values = {descriptor.name: value for descriptor, value in gpu.ListFields()}
+def _gpu_from_proto(message: instance_pb2.GpuReading) -> GpuReading:
     for name in ("utilization", "temperature_celsius", "power_watts", "power_limit_watts"):
-        value = values.get(name)
-        if value is not None and not math.isfinite(value):
+        value = getattr(message, name)
+        if not math.isfinite(value):
             raise InvalidRequestError([FieldViolation(f"gpus.{name}", f"is {value}; must be a number")])
-    values["throttle_reasons"] = tuple(gpu.throttle_reasons)
-    values["index"] = gpu.index
-    return GpuReading(**values)
-
-
-def _gpu_to_proto(gpu: GpuReading) -> instance_pb2.GpuReading:
-    return instance_pb2.GpuReading(
-        **{name: getattr(gpu, name) for name in _GPU_NAMES if getattr(gpu, name) is not None}
-    )
-
-
-_GPU_NAMES = tuple(field.name for field in instance_pb2.GpuReading.DESCRIPTOR.fields)
+    return reading_from_proto(message)

@@ -18,18 +18,12 @@ from sagecp.core.types import (
     Usage,
 )
 from sagecp.core.validation import request_violations
-from sagecp.rpc.convert.common import (
-    check_enum,
-    prefixed,
-    seconds_of,
-    struct_to_json,
-    timestamp,
-    value_to_json,
-)
+from sagecp.rpc.convert.common import check_enum, prefixed, struct_to_json, value_to_json
 from sagecp.rpc.errors import status_code_of
 from sagecp.runtime.engines.request_body import body_violations
 from sagecp.v1 import parallelism_pb2, request_pb2
 from sagecp.v1.error_pb2 import ErrorReason as ErrorReasonProto
+from sagecp.wire.times import seconds_of, timestamp
 
 _PARALLELISM = {
     parallelism_pb2.PARALLELISM_TYPE_TENSOR: ParallelismType.TENSOR,
@@ -49,15 +43,22 @@ _FLOAT_FIELDS = {
 _LIST_FIELDS = {"stop", "stop_token_ids", "allowed_token_ids", "bad_words"}
 
 
-def request_from_proto(spec: request_pb2.RequestSpec, tenant_id: str) -> RequestMetadata:
+def request_from_proto(
+    spec: request_pb2.RequestSpec, tenant_id: str, new_request_id: str = ""
+) -> RequestMetadata:
     """Return what a user asks for, validated.
+
+    Args:
+        spec: The message.
+        tenant_id: Whose it is.
+        new_request_id: The request's id where the message names none.
 
     Raises:
         InvalidRequestError: Names every bad field at once, below ``spec``.
     """
     violations: list[FieldViolation] = []
     values: dict[str, Any] = {
-        "request_id": spec.request_id,
+        "request_id": spec.request_id or new_request_id,
         "model_name": spec.model,
         "user_id": spec.user_id,
         "session_id": spec.session_id,

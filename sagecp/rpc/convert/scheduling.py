@@ -16,8 +16,9 @@ from sagecp.core.registry import Registry
 from sagecp.core.router.registry import LOAD_BALANCERS, ROUTING_STRATEGIES, make_strategy
 from sagecp.core.settings import MAX_COMMENT_LENGTH, PARAMETERS, SchedulingSettings, SettingsChange
 from sagecp.core.types import CandidateScore, SchedulingDecision
-from sagecp.rpc.convert.common import duration, prefixed, timestamp
+from sagecp.rpc.convert.common import prefixed
 from sagecp.v1 import admin_service_pb2, scheduling_pb2
+from sagecp.wire.times import duration, timestamp
 
 _REGISTRIES: Mapping[str, Registry[Any]] = {
     "scheduling_policy": SCHEDULING_POLICIES,

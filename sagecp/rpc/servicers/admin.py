@@ -14,12 +14,13 @@ from sagecp.core.router.registry import LOAD_BALANCERS, ROUTING_STRATEGIES
 from sagecp.core.settings import SchedulingSettings
 from sagecp.core.types import RequestPriority
 from sagecp.rpc.convert.admin import metrics_to_proto, status_to_proto
-from sagecp.rpc.convert.common import check_enum, duration, seconds_of, timestamp
+from sagecp.rpc.convert.common import check_enum
 from sagecp.rpc.convert.scheduling import change_from_proto, parameters_to_proto, settings_to_proto
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.runtime.monitor import DEFAULT_WINDOW_S, LONGEST_WINDOW_S, MetricsKey
 from sagecp.v1 import admin_service_pb2 as pb
 from sagecp.v1 import admin_service_pb2_grpc, metrics_pb2, request_pb2, scheduling_pb2
+from sagecp.wire.times import duration, seconds_of, timestamp
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -111,6 +112,14 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     async def WatchMetrics(self, request: pb.WatchMetricsRequest, context: Context) -> None:  # type: ignore[override]
         """Send metrics again and again. Not in this version."""
         raise NotImplementedYetError("WatchMetrics is not implemented by this version; poll GetMetrics")
+
+    async def ListEvents(self, request: pb.ListEventsRequest, context: Context) -> pb.ListEventsResponse:
+        """Return what happened of late. Not in this version."""
+        raise NotImplementedYetError("ListEvents is not implemented by this version")
+
+    async def WatchEvents(self, request: pb.WatchEventsRequest, context: Context) -> None:  # type: ignore[override]
+        """Send what happens. Not in this version."""
+        raise NotImplementedYetError("WatchEvents is not implemented by this version")
 
     async def UpdateSchedulingConfig(
         self, request: pb.UpdateSchedulingConfigRequest, context: Context

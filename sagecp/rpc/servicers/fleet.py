@@ -11,11 +11,11 @@ from sagecp.core.errors import (
     ErrorReason,
     FieldViolation,
     InvalidRequestError,
+    NotImplementedYetError,
     SageError,
     ShuttingDownError,
 )
 from sagecp.core.instance_record import InstanceRecord
-from sagecp.rpc.convert.common import duration
 from sagecp.rpc.convert.fleet import (
     grace_from_proto,
     heartbeat_from_proto,
@@ -27,6 +27,7 @@ from sagecp.rpc.servicers.paging import page_size, page_token, position_of
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.v1 import fleet_service_pb2 as pb
 from sagecp.v1 import fleet_service_pb2_grpc, instance_pb2
+from sagecp.wire.times import duration
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -126,6 +127,18 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         response = pb.DrainInstanceResponse(instance=self._view(self._manager.instance(request.instance_id)))
         await self._manager.journal_written()
         return response
+
+    async def SleepInstance(
+        self, request: pb.SleepInstanceRequest, context: Context
+    ) -> pb.SleepInstanceResponse:
+        """Have an engine sleep, or wake up. Not in this version."""
+        raise NotImplementedYetError("SleepInstance is not implemented by this version")
+
+    async def SetLoraAdapters(
+        self, request: pb.SetLoraAdaptersRequest, context: Context
+    ) -> pb.SetLoraAdaptersResponse:
+        """Say which LoRA adapters an engine should have loaded. Not in this version."""
+        raise NotImplementedYetError("SetLoraAdapters is not implemented by this version")
 
     async def Heartbeat(self, request_iterator: object, context: Context) -> None:  # type: ignore[override]
         """Take beats and acknowledge each."""
