@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
+import shutil
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,63 @@ class EngineAddress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Supervision:
+    """An engine process that the agent owns.
+
+    Attributes:
+        command: What to run.
+        max_restart_count: How often in a row it is started again. 0: for ever.
+        stop_timeout_s: How long it gets to end by itself.
+        log_file: What it writes is appended to this file; ``None``: passed on to standard output.
+        restart_base_s: Bound of the wait before the first restart; it doubles.
+        restart_cap_s: Largest bound.
+        stable_s: Once healthy for so long, the next end counts as the first one.
+        owns_port: Nobody else should listen where the engine is looked for; not so
+            where that is a proxy in front of it.
+    """
+
+    command: tuple[str, ...]
+    max_restart_count: int = 0
+    stop_timeout_s: float = 30.0
+    log_file: Path | None = None
+    restart_base_s: float = 1.0
+    restart_cap_s: float = 60.0
+    stable_s: float = 60.0
+    owns_port: bool = True
+
+    def violations(self) -> list[FieldViolation]:
+        """Return what is wrong with it, by flag."""
+        found: list[FieldViolation] = []
+        if not self.command or not self.command[0]:
+            found.append(
+                FieldViolation(
+                    "--supervise",
+                    "needs the command that starts the engine, behind --: "
+                    "sagecp agent --supervise -- vllm serve MODEL --port 8000",
+                )
+            )
+        elif shutil.which(self.command[0]) is None:
+            found.append(
+                FieldViolation(
+                    "--supervise", f"cannot run {self.command[0]!r}: there is no such program on the PATH"
+                )
+            )
+        if not 0 <= self.max_restart_count <= 1_000_000:
+            found.append(
+                FieldViolation(
+                    "--max-restarts", f"is {self.max_restart_count}; must be 0 (for ever) to 1000000"
+                )
+            )
+        if not 0 <= self.stop_timeout_s <= 3600:
+            found.append(
+                FieldViolation("--stop-timeout", f"is {self.stop_timeout_s:g}; must be 0 to 3600 seconds")
+            )
+        if self.log_file is not None and (self.log_file.is_dir() or not self.log_file.parent.is_dir()):
+            found.append(FieldViolation("--engine-log", f"{self.log_file} cannot be a file to write to"))
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentConfig:
     """Everything `sagecp agent` needs. Times in seconds; ``None`` and empty mean: find out.
 
@@ -68,6 +126,8 @@ class AgentConfig:
         max_concurrent_request_count: Most requests the control plane puts on the engine.
         tensor_parallel_size: And the three after it: how the engine is spread over GPUs.
         gpus: Indices or UUIDs of the engine's GPUs.
+        dcgm_exporter: ``off``; the URL of a DCGM exporter's page to read instead of asking
+            the NVIDIA driver; or ``auto``: that of this host, where there is no driver.
         labels: Free labels for filters.
         usd_per_gpu_hour: Price of one GPU.
         interval_s: Between heartbeats, instead of what the control plane asks for.
@@ -80,6 +140,7 @@ class AgentConfig:
         certificate_file: PEM chain that the agent shows (mTLS).
         private_key_file: Its key.
         engine_api_key: Bearer token for the engine's ``/v1`` pages. Never shown or logged.
+        supervision: The engine's process, where the agent owns it; ``None``: it does not.
     """
 
     engine_url: str
@@ -93,6 +154,7 @@ class AgentConfig:
     data_parallel_size: int | None = None
     expert_parallel_size: int | None = None
     gpus: tuple[str, ...] | None = None
+    dcgm_exporter: str = "auto"
     labels: Mapping[str, str] = field(default_factory=dict)
     usd_per_gpu_hour: float | None = None
     interval_s: float | None = None
@@ -104,6 +166,7 @@ class AgentConfig:
     certificate_file: str = ""
     private_key_file: str = ""
     engine_api_key: str = field(default="", repr=False)
+    supervision: Supervision | None = None
 
     @property
     def engine(self) -> EngineAddress:
@@ -167,6 +230,8 @@ class AgentConfig:
                     )
                 )
         self._check_tls(violations)
+        if self.supervision is not None:
+            violations += self.supervision.violations()
         for flag, size in (
             ("--tensor-parallel-size", self.tensor_parallel_size),
             ("--pipeline-parallel-size", self.pipeline_parallel_size),
@@ -194,6 +259,14 @@ class AgentConfig:
         price = self.usd_per_gpu_hour
         if price is not None and not (price >= 0 and math.isfinite(price)):
             violations.append(FieldViolation("--usd-per-gpu-hour", f"is {price:g}; must be 0 or more"))
+        if self.dcgm_exporter not in {"auto", "off"} and not _is_page(self.dcgm_exporter):
+            violations.append(
+                FieldViolation(
+                    "--dcgm-exporter",
+                    f"is {self.dcgm_exporter!r}; must be auto, off or the URL of the exporter's page, "
+                    "such as http://127.0.0.1:9400/metrics",
+                )
+            )
         if violations:
             raise InvalidRequestError(violations)
         return self
@@ -220,6 +293,14 @@ def _address_or_note(flag: str, url: str, violations: list[FieldViolation]) -> E
     except ValueError as error:
         violations.append(FieldViolation(flag, str(error)))
         return None
+
+
+def _is_page(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in _DEFAULT_PORTS and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def split_address(address: str) -> tuple[str, int]:

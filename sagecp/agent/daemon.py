@@ -1,20 +1,28 @@
-"""The agent itself: registers an engine, keeps its heart beating, takes it out again."""
+"""The agent itself: registers engines, keeps their hearts beating, takes them out again."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import grpc
 
 from sagecp.agent.backoff import Backoff, Reminder
 from sagecp.agent.config import AgentConfig
-from sagecp.agent.errors import EXIT_UNREACHABLE, AgentError, ControlPlaneLostError, ForgottenError
-from sagecp.agent.heartbeat import FleetConnection, HeartbeatStream, clamp_interval_s
-from sagecp.agent.messages import beat_to_proto
+from sagecp.agent.connection import ControlPlaneLink, FleetConnection
+from sagecp.agent.errors import (
+    EXIT_ENGINE_ENDED,
+    EXIT_UNREACHABLE,
+    AgentError,
+    ControlPlaneLostError,
+    ForgottenError,
+)
+from sagecp.agent.heartbeat import HeartbeatLane, clamp_interval_s
+from sagecp.agent.messages import Registration, beat_to_proto
 from sagecp.agent.watch import MAX_LOOK_S, EngineWatch
 from sagecp.log import get_logger
 from sagecp.v1 import fleet_service_pb2 as pb
@@ -28,6 +36,9 @@ _BEATS_PER_LEASE = 3
 # Together at most 3 s for leaving.
 _GOODBYE_TIMEOUT_S = 1.0
 _DEREGISTER_TIMEOUT_S = 2.0
+_MAX_CAUSE_LENGTH = 256
+# What was sent is acknowledged within a round trip.
+_SETTLE_TIMEOUT_S = 1.0
 # A stream that lived this long was a success: the next trouble is a new one.
 _STABLE_S = 10.0
 # Timers of uvloop may be this early.
@@ -38,7 +49,24 @@ class _StoppedError(Exception):
     """The agent was asked to stop."""
 
 
-async def run_agent(config: AgentConfig, stop: asyncio.Event) -> int:
+async def run_agents(configs: Sequence[AgentConfig], stop: asyncio.Event) -> int:
+    """Run an agent for each engine of a host, over one connection, until told to stop.
+
+    Trouble of one engine does not concern the others: it ends with all of them.
+
+    Args:
+        configs: Validated, one for each engine; of one control plane.
+        stop: Set by the caller to end the agents.
+
+    Returns:
+        The first exit code that is not 0, in the order of the engines; see :func:`run_agent`.
+    """
+    link = ControlPlaneLink(configs[0])
+    codes = await asyncio.gather(*(run_agent(config, stop, link) for config in configs))
+    return next((code for code in codes if code), 0)
+
+
+async def run_agent(config: AgentConfig, stop: asyncio.Event, link: ControlPlaneLink | None = None) -> int:
     """Run an agent until it is told to stop, and take its instance out of the fleet.
 
     Several agents may run in one event loop. What happens, the end included, is
@@ -47,14 +75,15 @@ async def run_agent(config: AgentConfig, stop: asyncio.Event) -> int:
     Args:
         config: Validated configuration.
         stop: Set by the caller to end the agent.
+        link: Shared with the agents of other engines; ``None``: it has its own.
 
     Returns:
-        The exit code: 0 after ``stop``; 2 refused as invalid; 3 engine or control
-        plane not reached within the timeouts; 4 not permitted; 5 another agent
-        owns the instance id.
+        The exit code: 0 after ``stop``; 1 the engine that it owns ended too often;
+        2 refused as invalid; 3 engine or control plane not reached within the
+        timeouts; 4 not permitted; 5 another agent owns the instance id.
     """
     try:
-        await Agent(config, stop).run()
+        await Agent(config, stop, link or ControlPlaneLink(config)).run()
     except AgentError as error:
         get_logger("sagecp.agent", instance_id=config.effective_instance_id).error(
             str(error), exit_code=error.exit_code
@@ -69,17 +98,19 @@ class Agent:
     Args:
         config: Validated configuration.
         stop: Ends the agent.
+        link: To the control plane.
     """
 
-    def __init__(self, config: AgentConfig, stop: asyncio.Event) -> None:
+    def __init__(self, config: AgentConfig, stop: asyncio.Event, link: ControlPlaneLink) -> None:
         self._config = config
-        self._stop = stop
-        self._instance_id = config.effective_instance_id
+        self._asked_to_stop = stop
+        self._stop = asyncio.Event()
+        self._link = link
         # Grows with every start; its microseconds tell two starts apart.
-        self._incarnation = time.time_ns() // 1000
-        self._logger = get_logger("sagecp.agent", instance_id=self._instance_id)
+        self._registration = Registration(config.effective_instance_id, time.time_ns() // 1000)
+        self._logger = get_logger("sagecp.agent", instance_id=config.effective_instance_id)
         self._wake = asyncio.Event()
-        self._watch = EngineWatch(config, self._wake.set)
+        self._watch = EngineWatch(config, self._on_news)
         self._interval_s = config.interval_s or _DEFAULT_INTERVAL_S
         self._largest_interval_s = float("inf")
         self._backoff = Backoff()
@@ -96,19 +127,35 @@ class Agent:
             AgentError: It cannot go on.
         """
         stopper = asyncio.create_task(self._wake_on_stop(), name="agent stop")
+        supervisor = self._watch.supervisor
         try:
             async with self._watch:
+                if supervisor is not None:
+                    supervisor.start()
                 try:
                     await self._or_stop(self._watch.wait_until_found())
                     await self._stay_registered()
                 except _StoppedError:
                     await self._leave()
+                finally:
+                    # Last: by now nothing new is sent to it.
+                    if supervisor is not None:
+                        await supervisor.stop()
         finally:
             stopper.cancel()
             await asyncio.gather(stopper, return_exceptions=True)
+        if supervisor is not None and supervisor.gave_up:
+            raise AgentError(supervisor.gave_up, EXIT_ENGINE_ENDED)
 
     async def _wake_on_stop(self) -> None:
-        await self._stop.wait()
+        await self._asked_to_stop.wait()
+        self._stop.set()
+        self._wake.set()
+
+    def _on_news(self) -> None:
+        supervisor = self._watch.supervisor
+        if supervisor is not None and supervisor.gave_up:
+            self._stop.set()
         self._wake.set()
 
     async def _or_stop(self, work: Coroutine[Any, Any, T]) -> T:
@@ -141,7 +188,7 @@ class Agent:
         deadline_s = loop.time() + limit_s if limit_s else float("inf")
         while True:
             try:
-                async with FleetConnection(self._config, self._incarnation) as connection:
+                async with self._connect() as connection:
                     await self._serve(connection)
                 return
             except ControlPlaneLostError as error:
@@ -161,6 +208,9 @@ class Agent:
                 )
             wait_s = lost.retry_after_s + self._backoff.next_wait_s()
             await self._or_stop(asyncio.sleep(min(wait_s, remaining_s)))
+            if self._watch.supervisor is not None:
+                # Whether its engine was well counts when it ends, whoever was there to hear of it.
+                await self._watch.look(_DEFAULT_INTERVAL_S, with_gauges=False)
 
     async def _serve(self, connection: FleetConnection) -> None:
         """Register and beat over one connection, until stopped; then leave over it.
@@ -175,21 +225,25 @@ class Agent:
             self._tried_to_register = True
             response = await self._or_stop(connection.register(self._watch.spec))
             self._on_registered(response)
-            async with connection.open_stream(self._wake.set) as stream:
+            async with connection.open_lane(self._wake.set) as lane:
                 try:
-                    await self._beat(stream)
+                    await self._beat(lane)
                 except ForgottenError as error:
-                    if forgotten_at_once and not stream.acknowledged_sequence:
+                    if forgotten_at_once and not lane.acknowledged_sequence:
                         # Registered and unknown, twice: something is wrong over there.
                         raise ControlPlaneLostError(f"registered, and yet: {error}") from None
-                    forgotten_at_once = not stream.acknowledged_sequence
+                    forgotten_at_once = not lane.acknowledged_sequence
                     self._logger.info("the control plane does not know this instance; registering again")
                     continue
             if self._stop.is_set() or self._config.once:
                 await self._deregister(connection)
                 return
 
+    def _connect(self) -> FleetConnection:
+        return FleetConnection(self._link, self._config, self._registration.incarnation)
+
     def _on_registered(self, response: pb.RegisterInstanceResponse) -> None:
+        self._registration = replace(self._registration, lease_token=response.lease_token)
         lease_s = response.lease_duration.seconds + response.lease_duration.nanos / 1e9
         self._largest_interval_s = lease_s / _BEATS_PER_LEASE if lease_s > 0 else float("inf")
         asked_s = response.heartbeat_interval.seconds + response.heartbeat_interval.nanos / 1e9
@@ -203,7 +257,7 @@ class Agent:
         self._logger.info(
             "registered again" if self._registered else "registered",
             control_plane=self._config.control_plane,
-            incarnation=self._incarnation,
+            incarnation=self._registration.incarnation,
             interval_s=self._interval_s,
             lease_s=lease_s,
         )
@@ -215,7 +269,7 @@ class Agent:
         own_s = self._config.interval_s
         self._interval_s = clamp_interval_s(min(own_s, self._largest_interval_s) if own_s else asked_s)
 
-    async def _beat(self, stream: HeartbeatStream) -> None:
+    async def _beat(self, lane: HeartbeatLane) -> None:
         """Send beats until stopped, or until the engine is another and must be registered anew.
 
         Raises:
@@ -225,39 +279,44 @@ class Agent:
         """
         loop = asyncio.get_running_loop()
         opened_s = loop.time()
-        sequence = 0
         next_beat_s = opened_s
         while not self._stop.is_set():
             self._wake.clear()
-            stream.check(self._interval_s)
-            if self._config.once and stream.acknowledged_sequence:
+            lane.check(self._interval_s)
+            if self._config.once and lane.acknowledged_sequence:
                 break
-            if stream.asked_interval_s is not None:
-                self._set_interval(stream.asked_interval_s)
+            if lane.asked_interval_s is not None:
+                self._set_interval(lane.asked_interval_s)
                 next_beat_s = min(next_beat_s, loop.time() + self._interval_s * (1 + _INTERVAL_JITTER))
-            self._follow_wishes(stream)
+            self._follow_wishes(lane)
             look_s = loop.time()
             due = look_s >= next_beat_s - _TIMER_SLACK_S
             changed = await self._watch.look(self._interval_s, with_gauges=due)
             if due or changed:
                 await self._watch.read_gpus()
-                sequence += 1
                 jitter = random.uniform(1 - _INTERVAL_JITTER, 1 + _INTERVAL_JITTER)
                 next_beat_s = look_s + self._interval_s * jitter
-                await stream.send(self._message(sequence), self._interval_s)
+                await lane.send(self._message(lane), self._interval_s)
             if self._watch.facts_are_old and await self._watch.refresh():
+                await lane.settle(_SETTLE_TIMEOUT_S)
                 return
             if loop.time() - opened_s >= _STABLE_S:
                 self._backoff.reset()
-            until_s = min(next_beat_s, loop.time() + MAX_LOOK_S, stream.silence_ends_s(self._interval_s))
+            until_s = min(next_beat_s, loop.time() + MAX_LOOK_S, lane.silence_ends_s(self._interval_s))
             await self._sleep_until(until_s)
-        goodbye = self._message(sequence + 1)
+        goodbye = self._message(lane)
         goodbye.goodbye = True
-        await stream.say_goodbye(goodbye, _GOODBYE_TIMEOUT_S)
+        await lane.say_goodbye(goodbye, _GOODBYE_TIMEOUT_S)
 
-    def _message(self, sequence: int) -> pb.HeartbeatRequest:
+    def _message(self, lane: HeartbeatLane) -> pb.HeartbeatRequest:
+        watch = self._watch
         return beat_to_proto(
-            self._instance_id, self._incarnation, sequence, self._watch.observation, self._watch.gpus
+            self._registration,
+            lane.next_sequence(),
+            watch.observation,
+            watch.gpus,
+            watch.supervisor.process if watch.supervisor is not None else None,
+            watch.order_trouble,
         )
 
     async def _sleep_until(self, time_s: float) -> None:
@@ -268,15 +327,18 @@ class Agent:
         except TimeoutError:
             pass
 
-    def _follow_wishes(self, stream: HeartbeatStream) -> None:
-        if stream.desired_state not in {self._desired_state, pb.DESIRED_STATE_UNSPECIFIED}:
+    def _follow_wishes(self, lane: HeartbeatLane) -> None:
+        self._watch.wishes = lane.wishes or self._watch.wishes
+        if lane.desired_state not in {self._desired_state, pb.DESIRED_STATE_UNSPECIFIED}:
             # Draining is done over there, where no more work is sent. Here it is only news.
-            self._desired_state = stream.desired_state
+            self._desired_state = lane.desired_state
             news = "the control plane sends work to this instance again"
-            if stream.desired_state == pb.DESIRED_STATE_DRAINED:
+            if lane.desired_state == pb.DESIRED_STATE_DRAINED:
                 news = "the control plane drains this instance: it gets no new work"
-            self._logger.info(news, desired_state=pb.DesiredState.Name(stream.desired_state))
-        request_ids = stream.take_abort_request_ids()
+            elif lane.desired_state == pb.DESIRED_STATE_ASLEEP:
+                news = "the control plane has this engine sleep"
+            self._logger.info(news, desired_state=pb.DesiredState.Name(lane.desired_state))
+        request_ids = lane.take_abort_request_ids()
         if request_ids:
             self._watch.abort_soon(request_ids)
 
@@ -284,14 +346,16 @@ class Agent:
         """Take the instance out of the fleet over a new connection, if it may be in."""
         if not self._tried_to_register or self._deregistered:
             return
-        async with FleetConnection(self._config, self._incarnation) as connection:
+        async with self._connect() as connection:
             await self._deregister(connection)
 
     async def _deregister(self, connection: FleetConnection) -> None:
         self._deregistered = True
         cause = "set-up checked" if self._config.once else "agent stopped"
+        if self._watch.supervisor is not None and self._watch.supervisor.gave_up:
+            cause = self._watch.supervisor.gave_up
         try:
-            await connection.deregister(cause, _DEREGISTER_TIMEOUT_S)
+            await connection.deregister(cause[:_MAX_CAUSE_LENGTH], _DEREGISTER_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             if self._registered and error.code() is not grpc.StatusCode.NOT_FOUND:
                 self._logger.warning(

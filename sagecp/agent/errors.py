@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+EXIT_ENGINE_ENDED = 1
 EXIT_INVALID = 2
 EXIT_UNREACHABLE = 3
 EXIT_NOT_PERMITTED = 4
@@ -40,7 +41,7 @@ class ControlPlaneLostError(Exception):
 
 
 class ForgottenError(Exception):
-    """The control plane does not know the instance (any more): register again, at once."""
+    """The control plane does not know the instance, or not as registered by us: register again, at once."""
 
 
 def judge(error: grpc.aio.AioRpcError, instance_id: str, *, registering: bool, tls: bool) -> Exception:
@@ -61,6 +62,9 @@ def judge(error: grpc.aio.AioRpcError, instance_id: str, *, registering: bool, t
             "this one another --instance-id. If there is no other, this host's clock was set back",
             EXIT_CONFLICT,
         )
+    if code is grpc.StatusCode.PERMISSION_DENIED and not registering:
+        # The secret of another registration; a new one gets its own, or is refused for good.
+        return ForgottenError(details)
     if code in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}:
         return AgentError(
             f"the control plane does not let this agent act for {instance_id!r}: {details}. Give a client "

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import dataclass, field
 
 from sagecp.agent.config import AgentConfig
-from sagecp.agent.engine_probe import EngineFacts, Observation
-from sagecp.agent.gpu_probe import GpuReport
+from sagecp.agent.engine_facts import EngineFacts
+from sagecp.agent.engine_probe import Observation
+from sagecp.agent.gpu.report import GpuReport
+from sagecp.core.engine_state import EngineCapability, EngineProcess
 from sagecp.v1 import fleet_service_pb2 as fleet
 from sagecp.v1 import instance_pb2, parallelism_pb2
-from sagecp.wire.engine import gauges_to_proto
-from sagecp.wire.gpu import reading_to_proto
+from sagecp.wire.engine import capabilities_to_proto, gauges_to_proto, process_to_proto
+from sagecp.wire.gpu import device_to_proto, reading_to_proto
 from sagecp.wire.times import timestamp
 
 _MAX_REASON_LENGTH = 512
@@ -19,16 +22,26 @@ _MAX_REASON_LENGTH = 512
 _MAX_BEAT_BYTES = 60 << 10
 
 
-def spec_to_proto(
-    config: AgentConfig, facts: EngineFacts, gpus: GpuReport, *, gpus_are_selected: bool
-) -> instance_pb2.InstanceSpec:
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What every beat of a registered instance says of it.
+
+    Attributes:
+        lease_token: Secret of the registration.
+    """
+
+    instance_id: str
+    incarnation: int
+    lease_token: bytes = field(default=b"", repr=False)
+
+
+def spec_to_proto(config: AgentConfig, facts: EngineFacts, gpus: GpuReport) -> instance_pb2.InstanceSpec:
     """Return what is registered: what was found, and over it what the configuration says.
 
     Args:
         config: What the agent was told.
         facts: What the engine is.
         gpus: What its GPUs say.
-        gpus_are_selected: They are the engine's alone, not merely all of this host.
     """
     tensor = config.tensor_parallel_size or facts.tensor_parallel_size or 1
     pipeline = config.pipeline_parallel_size or facts.pipeline_parallel_size or 1
@@ -51,9 +64,10 @@ def spec_to_proto(
             expert_parallel_size=expert,
         ),
         # Without a selection: as many of the host's as the engine must have.
-        gpu_count=len(gpus.readings)
-        if gpus_are_selected
-        else min(len(gpus.readings), tensor * pipeline * data),
+        gpu_count=len(gpus.devices)
+        if gpus.are_selected
+        else min(len(gpus.devices), tensor * pipeline * data),
+        gpu_devices=[device_to_proto(device) for device in gpus.devices],
         max_context_token_count=facts.max_context_token_count,
         key_value_token_capacity=facts.key_value_token_capacity,
         max_concurrent_request_count=concurrency,
@@ -62,31 +76,53 @@ def spec_to_proto(
         usd_per_gpu_hour=config.usd_per_gpu_hour,
         host_id=socket.gethostname() if facts.is_local else config.engine.host,
         labels=dict(config.labels),
+        engine_configuration=facts.configuration,
+        engine_capabilities=capabilities_to_proto(
+            facts.capabilities | ({EngineCapability.SUPERVISED} if config.supervision else set())
+        ),
     )
-    if gpus.readings:
-        spec.gpu_name = gpus.readings[0].name
-        total = gpus.readings[0].total_memory_bytes
+    if gpus.devices:
+        spec.gpu_name = gpus.devices[0].name
+        total = gpus.devices[0].total_memory_bytes
         if total is not None:
             spec.gpu_memory_gib = total / (1 << 30)
     return spec
 
 
 def beat_to_proto(
-    instance_id: str, incarnation: int, sequence: int, observation: Observation, gpus: GpuReport
+    registration: Registration,
+    sequence: int,
+    observation: Observation,
+    gpus: GpuReport,
+    process: EngineProcess | None,
+    order_trouble: str,
 ) -> fleet.HeartbeatRequest:
-    """Return one beat."""
+    """Return one beat.
+
+    Args:
+        registration: Of the instance.
+        sequence: Number of the beat.
+        observation: How the engine does.
+        gpus: How its GPUs do.
+        process: How its process does, where the agent owns it.
+        order_trouble: Why an order of the control plane does not work; empty: all do.
+    """
     beat = fleet.HeartbeatRequest(
-        instance_id=instance_id,
-        incarnation=incarnation,
+        instance_id=registration.instance_id,
+        incarnation=registration.incarnation,
+        lease_token=registration.lease_token,
         sequence=sequence,
         agent_time=timestamp(time.time()),
         engine_condition=fleet.EngineCondition.ValueType(observation.condition.value),
         condition_reason=observation.reason[:_MAX_REASON_LENGTH],
         gpus=[reading_to_proto(reading) for reading in gpus.readings],
         gpu_absent_reason=gpus.absent_reason[:_MAX_REASON_LENGTH],
+        order_trouble=order_trouble[:_MAX_REASON_LENGTH],
     )
     if observation.gauges is not None:
         beat.engine.CopyFrom(gauges_to_proto(observation.gauges))
+    if process is not None:
+        beat.engine_process.CopyFrom(process_to_proto(process))
     while beat.ByteSize() > _MAX_BEAT_BYTES and beat.gpus:
         del beat.gpus[len(beat.gpus) // 2 :]
     return beat

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import aiohttp
 
 from sagecp.agent.backoff import Backoff, Reminder
 from sagecp.agent.config import AgentConfig
-from sagecp.agent.engine_probe import EngineAnswerError, EngineFacts, EngineProbe, Observation, describe
+from sagecp.agent.engine_facts import EngineFacts, adapters_of
+from sagecp.agent.engine_http import EngineAnswerError, describe
+from sagecp.agent.engine_probe import EngineProbe, Observation
 from sagecp.agent.errors import EXIT_UNREACHABLE, AgentError
-from sagecp.agent.gpu_probe import GpuProbe, GpuReport, parse_visible_devices
+from sagecp.agent.gpu.probe import GpuProbe
+from sagecp.agent.gpu.report import GpuReport
+from sagecp.agent.gpu.watch import GpuWatch, choose_gpus
 from sagecp.agent.messages import spec_to_proto
+from sagecp.agent.orders import OrderKeeper, Wishes
+from sagecp.agent.supervisor import EngineSupervisor
 from sagecp.agent.tripwire import Tripwire
+from sagecp.core.engine_state import LoraAdapter
 from sagecp.core.types import EngineCondition
 from sagecp.log import get_logger
 from sagecp.v1 import instance_pb2
@@ -34,7 +40,7 @@ _DISCOVERY_TIMEOUT_S = 10.0
 # While beats are due, finding out must not hold them up.
 _REDISCOVERY_TIMEOUT_S = 2.0
 _MODELS_CHECK_S = 30.0
-_GPU_TIMEOUT_S = 0.5
+_MAX_ADAPTER_COUNT = 128
 
 
 class EngineWatch:
@@ -48,26 +54,33 @@ class EngineWatch:
         observation: What was seen last.
         gpus: What the GPUs said last.
         facts_are_old: The engine may be another than the one described by ``spec``.
+        wishes: What the control plane wants of the engine; ``None``: it has not said yet.
+        supervisor: Of the engine's process, where the agent owns it.
     """
 
     def __init__(self, config: AgentConfig, wake: Callable[[], None]) -> None:
         self._config = config
         self._logger = get_logger("sagecp.agent", instance_id=config.effective_instance_id)
         self._probe = EngineProbe(config)
-        self._gpu_probe = GpuProbe(())
-        # NVML blocks: it gets a thread, for one call at a time.
-        self._gpu_thread: ThreadPoolExecutor | None = None
-        self._gpu_reading: asyncio.Future[GpuReport] | None = None
+        self._wake = wake
+        self._orders = OrderKeeper(self._probe.http, config.effective_instance_id, self._on_news)
+        # Something happened that the control plane should hear of without delay.
+        self._has_news = False
+        self._gpu_watch = GpuWatch(GpuProbe(dcgm_exporter=config.dcgm_exporter), self._logger)
         self._tripwire = Tripwire(config.engine.host, config.engine.port, wake)
         self._spec: instance_pb2.InstanceSpec | None = None
         self._served_names: frozenset[str] = frozenset()
+        self._registered_adapters: tuple[LoraAdapter, ...] = ()
         self._models_checked_s = 0.0
         self._reminder = Reminder(time.monotonic)
         self._abort_task: asyncio.Task[None] | None = None
         self._abort_trouble = ""
         self.observation = Observation(EngineCondition.UNKNOWN)
         self.gpus = GpuReport()
+        self._registered_gpus = GpuReport()
         self.facts_are_old = False
+        self.wishes: Wishes | None = None
+        self.supervisor = EngineSupervisor(config, self._on_news) if config.supervision else None
 
     async def __aenter__(self) -> EngineWatch:
         await self._probe.__aenter__()
@@ -75,12 +88,11 @@ class EngineWatch:
 
     async def __aexit__(self, *_: object) -> None:
         self._tripwire.disarm()
+        await self._orders.close()
         if self._abort_task is not None:
             self._abort_task.cancel()
             await asyncio.gather(self._abort_task, return_exceptions=True)
-        if self._gpu_thread is not None:
-            self._gpu_thread.submit(self._gpu_probe.close)
-            self._gpu_thread.shutdown(wait=False)
+        self._gpu_watch.close()
         await self._probe.__aexit__()
 
     @property
@@ -116,7 +128,7 @@ class EngineWatch:
             await asyncio.sleep(min(backoff.next_wait_s(), remaining_s))
 
     async def look(self, interval_s: float, *, with_gauges: bool) -> bool:
-        """Look at the engine; return whether its condition is another than before.
+        """Look at the engine; return whether something about it is news.
 
         Args:
             interval_s: Between two beats; a look takes less.
@@ -124,13 +136,15 @@ class EngineWatch:
         """
         loop = asyncio.get_running_loop()
         budget_s = max(_PROBE_SHARE * min(interval_s, MAX_LOOK_S), _MIN_PROBE_S)
-        before = self.observation
-        seen = await self._probe.observe(budget_s, with_gauges=with_gauges)
+        before, seen_s = self.observation, loop.time()
+        news, self._has_news = self._has_news, False
+        with_gauges = with_gauges or news
+        seen = self._judge(await self._probe.observe(budget_s, with_gauges=with_gauges))
         changed = seen.condition is not before.condition
         if seen.condition is EngineCondition.HEALTHY:
             await self._tripwire.arm(loop.time(), budget_s)
             if changed and not with_gauges:
-                seen = await self._probe.observe(budget_s)
+                seen = self._judge(await self._probe.observe(budget_s))
             if changed and before.condition is not EngineCondition.UNKNOWN:
                 self._logger.info("engine is back")
                 self.facts_are_old = True
@@ -138,8 +152,14 @@ class EngineWatch:
                 await self._check_models()
         elif changed:
             self._logger.warning("engine is unhealthy", reason=seen.reason)
+        if seen.gauges is not None:
+            if self.wishes is not None:
+                self._orders.follow(self.wishes, seen.gauges, seen.sleep_level, seen_s)
+            names = tuple(adapter.name for adapter in self._orders.loaded)[:_MAX_ADAPTER_COUNT]
+            self.facts_are_old = self.facts_are_old or self._orders.loaded != self._registered_adapters
+            seen = replace(seen, gauges=replace(seen.gauges, loaded_lora_adapters=names))
         self.observation = seen
-        return changed
+        return changed or news
 
     async def refresh(self) -> bool:
         """Find out anew what the engine is; return whether that is something else than before."""
@@ -155,19 +175,27 @@ class EngineWatch:
 
     async def read_gpus(self) -> None:
         """Ask the GPUs. A driver that hangs does not hold up the caller."""
-        if self._gpu_probe.is_resting:
-            self.gpus = self._gpu_probe.read()
-            return
-        if self._gpu_reading is None:
-            if self._gpu_thread is None:
-                self._gpu_thread = ThreadPoolExecutor(1, thread_name_prefix="nvml")
-            loop = asyncio.get_running_loop()
-            self._gpu_reading = loop.run_in_executor(self._gpu_thread, self._gpu_probe.read)
-        done, _ = await asyncio.wait({self._gpu_reading}, timeout=_GPU_TIMEOUT_S)
-        if done:
-            self.gpus, self._gpu_reading = self._gpu_reading.result(), None
-        else:
-            self.gpus = GpuReport(absent_reason="the NVIDIA driver does not answer")
+        await self._gpu_watch.read()
+        self.gpus = self._gpu_watch.report
+        if (
+            self._spec is not None
+            and self.gpus.devices != self._registered_gpus.devices
+            and self.gpus.devices
+        ):
+            # An engine that loads holds no GPU yet.
+            self.facts_are_old = True
+
+    @property
+    def order_trouble(self) -> str:
+        """Why orders of the control plane are not carried out; empty when they are."""
+        return self._orders.trouble
+
+    def _on_news(self) -> None:
+        self._has_news = True
+        self._wake()
+
+    def _judge(self, seen: Observation) -> Observation:
+        return seen if self.supervisor is None else self.supervisor.judge(seen)
 
     def abort_soon(self, request_ids: list[str]) -> None:
         """Have the engine stop requests, in the background; one batch at a time.
@@ -187,7 +215,7 @@ class EngineWatch:
 
     async def _find(self, timeout_s: float = _DISCOVERY_TIMEOUT_S) -> str:
         """Look whether the engine is ready, and what it is; return what is in the way."""
-        seen = await self._probe.observe(_FIRST_HEALTH_TIMEOUT_S, with_gauges=False)
+        seen = self._judge(await self._probe.observe(_FIRST_HEALTH_TIMEOUT_S, with_gauges=False))
         if seen.condition is not EngineCondition.HEALTHY:
             return seen.reason
         try:
@@ -196,14 +224,16 @@ class EngineWatch:
             return str(error)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return f"the engine answers /health, but then: {describe(error)}"
-        if self._spec is None:
-            self._gpu_probe = _choose_gpus(self._config, facts)
+        supervised = self.supervisor.process.process_id if self.supervisor else None
+        self._gpu_watch.choose(choose_gpus(self._config, facts, supervised))
         await self.read_gpus()
+        self._registered_gpus = self._gpu_watch.known
         before, self._spec = (
             self._spec,
-            spec_to_proto(self._config, facts, self.gpus, gpus_are_selected=self._gpu_probe.is_selected),
+            spec_to_proto(self._config, facts, self._registered_gpus),
         )
         self._served_names = frozenset({facts.model_name, *facts.model_aliases})
+        self._orders.loaded = self._registered_adapters = facts.adapters
         self._models_checked_s = asyncio.get_running_loop().time()
         self.facts_are_old = False
         if self._spec != before:
@@ -216,6 +246,7 @@ class EngineWatch:
         with contextlib.suppress(EngineAnswerError, TimeoutError, aiohttp.ClientError, OSError):
             async with asyncio.timeout(MAX_LOOK_S):
                 models = await self._probe.list_models()
+            self._orders.loaded = adapters_of(models)
             self.facts_are_old = frozenset(model.name for model in models) != self._served_names
 
     def _log_facts(self, event: str, facts: EngineFacts) -> None:
@@ -244,24 +275,9 @@ class EngineWatch:
             expert_parallel_size=sizes.expert_parallel_size,
             max_concurrency=spec.max_concurrent_request_count or None,
             gpu_count=spec.gpu_count,
+            gpus_chosen_by=self._registered_gpus.chosen_by or None,
             gpu_absent_reason=self.gpus.absent_reason or None,
             sources={**facts.sources, **{name: "flag" for name, value in told.items() if value is not None}},
             # Nobody said these: a size is taken as 1, the rest is left to the control plane.
             not_discovered=[name for name in facts.unknown() if told.get(name) is None],
         )
-
-
-def _choose_gpus(config: AgentConfig, facts: EngineFacts) -> GpuProbe:
-    """Decide which GPUs are the engine's: those named, else those that it, or this agent, may see."""
-    if config.gpus is not None:
-        return GpuProbe(config.gpus, "--gpus")
-    if facts.simulated:
-        return GpuProbe.none("the engine is simulated: it uses no GPU")
-    if not facts.is_local:
-        return GpuProbe.none(f"the engine runs on another host, {config.engine.host}; run its agent there")
-    if facts.visible_devices is not None:
-        return GpuProbe(parse_visible_devices(facts.visible_devices), "the engine's CUDA_VISIBLE_DEVICES")
-    own = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if own is not None:
-        return GpuProbe(parse_visible_devices(own), "CUDA_VISIBLE_DEVICES")
-    return GpuProbe()
