@@ -1,9 +1,10 @@
-"""A gRPC server that only sends: the floor under every figure of the control plane.
+"""A gRPC server that does nothing but answer: the floor under every figure of the control plane.
 
     python -m bench.bare_grpc PORT [PACE_MS]
 
 It answers `Generate` with as many messages as the control plane sends for the
-same request, as fast as it can or one per PACE_MS, and does nothing else.
+same request, as fast as it can or one per PACE_MS, and `Submit` with an id. It
+does nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from sagecp.v1 import inference_service_pb2_grpc, request_pb2
 class _Servicer(inference_service_pb2_grpc.InferenceServiceServicer):
     def __init__(self, pace_s: float) -> None:
         self._pace_s = pace_s
+
+    async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.SubmitResponse:  # noqa: ANN401, N802
+        return pb.SubmitResponse(request=request_pb2.Request(request_id="r"), created=True)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:  # type: ignore[override]  # noqa: ANN401, N802
         await context.write(pb.GenerateResponse(opened=pb.StreamOpened(request_id="r")))

@@ -1,9 +1,10 @@
-"""What it costs to accept a request for certain: Submit over gRPC, with a journal and without.
+"""What it costs to accept a request for certain: Submit over gRPC, with a journal, without, and bare.
 
     python -m bench.durable_submit [--seconds 10] [--rounds 3] [--callers 64] [--prompt-bytes 2048]
 
 Each round starts a control plane with a journal on the disk and one without, both
-with an instance whose engine never answers, so that every request waits. Callers
+with an instance whose engine never answers, so that every request waits, and a
+gRPC server that only answers, which is the most that callers can get here. Callers
 submit as fast as they are answered, from a second process; then each control
 plane that kept a journal is killed and started again, and must know every
 request that it acknowledged.
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import grpc
 
-from bench.processes import Measured, control_plane, machine, print_table, write_json
+from bench.processes import Measured, bare_grpc, control_plane, machine, print_table, write_json
 from sagecp.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -122,9 +123,22 @@ def measure(arguments: argparse.Namespace, journal: Path | None) -> Round:
             restored = asyncio.run(queued_count(server.address))
             ready_s = time.perf_counter() - begin_s
         assert restored >= len(took), f"{len(took)} were acknowledged and {restored} are known"
+    return _round(took, arguments.seconds, cpu_us, restored, ready_s)
+
+
+def measure_bare(arguments: argparse.Namespace) -> Round:
+    """Run a server that only answers."""
+    with bare_grpc(0.0) as server:
+        took, cpu_us = _from_another_process(server, arguments)
+    return _round(took, arguments.seconds, cpu_us)
+
+
+def _round(
+    took: list[float], seconds: float, cpu_us: float, restored: int = 0, ready_s: float = 0.0
+) -> Round:
     took.sort()
     return Round(
-        len(took) / arguments.seconds,
+        len(took) / seconds,
         1e3 * took[len(took) // 2],
         1e3 * took[len(took) * 99 // 100],
         cpu_us,
@@ -165,11 +179,12 @@ def main() -> int:
         json.dump(took, sys.stdout)
         return 0
     print(f"{machine()}; {arguments.callers} callers, {arguments.prompt_bytes} bytes of prompt")
-    rounds: dict[str, list[Round]] = {"journal": [], "no journal": []}
+    rounds: dict[str, list[Round]] = {"journal": [], "no journal": [], "bare gRPC": []}
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
             rounds["journal"].append(measure(arguments, Path(folder) / "journal.db"))
         rounds["no journal"].append(measure(arguments, None))
+        rounds["bare gRPC"].append(measure_bare(arguments))
     rows = []
     for name, found in rounds.items():
 

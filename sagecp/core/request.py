@@ -10,6 +10,7 @@ from sagecp.core.states import REQUEST_TRANSITIONS, StateMachine
 from sagecp.core.types import RequestMetadata, RequestState, SchedulingDecision
 
 DEFAULT_EXPECTED_OUTPUT_TOKEN_COUNT = 256
+_NOTHING: frozenset[str] = frozenset()
 
 
 class RequestRecord:
@@ -122,7 +123,8 @@ class RequestRecord:
         )
         self.epoch = 0
         self.instance_id = ""
-        self.excluded_instance_ids: set[str] = set()
+        # Replaced rather than changed: few requests ever need one of their own.
+        self.excluded_instance_ids = _NOTHING
         self.delivered = False
         self.output_token_count = 0
         self.has_output = False

@@ -3,73 +3,61 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import overload
 
 from sagecp.runtime.engines.base import EngineDelta
 
-# Pieces that are packed together.
-RUN_LENGTH = 16
 # The last ones, which readers who keep up ask for, are left as they are.
-LOOSE_COUNT = 8
+LOOSE_COUNT = 4
+# More of one batch are not left, however fresh.
+_MAX_LOOSE_COUNT = 64
 # What a piece costs in memory beside its text: the object, its list entries and one token id.
 LOOSE_BYTES = 240
-PACKED_BYTES = 32
-
-
-class _Run:
-    """A run of packed pieces, one token each."""
-
-    __slots__ = ("_choice_index", "_ends", "_text", "_token_ids")
-
-    def __init__(self, choice_index: int, text: str, ends: array[int], token_ids: array[int] | None) -> None:
-        self._choice_index = choice_index
-        self._text = text
-        # Where each piece's text ends; the first begins at 0.
-        self._ends = ends
-        self._token_ids = token_ids
-
-    def __getitem__(self, index: int) -> EngineDelta:
-        begin = self._ends[index - 1] if index else 0
-        ids = None if self._token_ids is None else (self._token_ids[index],)
-        return EngineDelta(self._choice_index, self._text[begin : self._ends[index]], ids, 1)
+PACKED_BYTES = 16
+# Of a piece without a token id, or one that is not packed.
+_NO_TOKEN_ID = -1
+_MAX_TOKEN_ID = (1 << 31) - 1
 
 
 class DeltaLog(Sequence[EngineDelta]):
     """An append-only sequence of pieces of output.
 
     A piece with one token costs about 240 bytes as an object. All but the last
-    are packed in runs, at about 30 bytes each, with every boundary kept: what
-    comes out equals what went in. Pieces that are anything but one token of
-    plain text (several tokens, a finish reason, an engine's event) keep their
-    run as it is.
+    few are packed, the text of all in one buffer, at about 10 bytes each beside
+    it, with every boundary kept: what comes out equals what went in. Pieces that
+    are anything but one token of plain text of the first choice (several tokens,
+    a finish reason, an engine's event) stay objects.
     """
 
-    __slots__ = ("_count", "_runs", "_tail")
+    __slots__ = ("_ends", "_odd", "_odd_indexes", "_tail", "_text", "_token_ids")
 
     def __init__(self) -> None:
-        self._runs: list[_Run | tuple[EngineDelta, ...]] = []
         self._tail: list[EngineDelta] = []
-        self._count = 0
+        # Of the packed ones: all text, where in it each piece ends, and its token id.
+        self._text = bytearray()
+        self._ends = array("I")
+        self._token_ids = array("i")
+        # Those that are not packed, with their indexes, in order; `None` before there are any.
+        self._odd_indexes: array[int] | None = None
+        self._odd: list[EngineDelta] | None = None
 
     def extend(self, deltas: Sequence[EngineDelta]) -> int:
         """Append pieces; return how many bytes were freed by packing older ones."""
         tail = self._tail
-        tail.extend(deltas)
-        self._count += len(deltas)
         freed_bytes = 0
-        while len(tail) >= RUN_LENGTH + LOOSE_COUNT:
-            pieces = tuple(tail[:RUN_LENGTH])
-            del tail[:RUN_LENGTH]
-            run = _packed(pieces)
-            if run is not None:
-                freed_bytes += RUN_LENGTH * (LOOSE_BYTES - PACKED_BYTES)
-            self._runs.append(pieces if run is None else run)
+        if len(tail) + len(deltas) > LOOSE_COUNT:
+            freed_bytes = self._pack(tail)
+            tail.clear()
+        tail.extend(deltas)
+        if len(tail) > _MAX_LOOSE_COUNT:
+            freed_bytes += self._pack(tail[:-LOOSE_COUNT])
+            del tail[:-LOOSE_COUNT]
         return freed_bytes
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._ends) + len(self._tail)
 
     @overload
     def __getitem__(self, index: int) -> EngineDelta: ...
@@ -79,42 +67,55 @@ class DeltaLog(Sequence[EngineDelta]):
 
     def __getitem__(self, index: int | slice) -> EngineDelta | list[EngineDelta]:
         if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(self._count))]
-        in_tail = index - self._count
+            return [self[each] for each in range(*index.indices(len(self)))]
+        packed_count = len(self._ends)
         if index < 0:
-            index, in_tail = index + self._count, index
-        if not 0 <= index < self._count:
-            raise IndexError(f"there are {self._count} pieces")
-        if -in_tail <= len(self._tail):
-            return self._tail[in_tail]
-        number, offset = divmod(index, RUN_LENGTH)
-        return self._runs[number][offset]
+            index += packed_count + len(self._tail)
+            if index < 0:
+                raise IndexError(f"there are {len(self)} pieces")
+        if index >= packed_count:
+            return self._tail[index - packed_count]
+        return self._unpacked(index)
 
     def __iter__(self) -> Iterator[EngineDelta]:
-        for run in self._runs:
-            for offset in range(RUN_LENGTH):
-                yield run[offset]
-        yield from self._tail
+        for index in range(len(self)):
+            yield self[index]
 
+    def _pack(self, pieces: Sequence[EngineDelta]) -> int:
+        text, ends, packed_ids = self._text, self._ends, self._token_ids
+        packed_count = 0
+        for piece in pieces:
+            token_ids = piece.token_ids
+            if (
+                piece.token_count == 1
+                and not piece.choice_index
+                and piece.raw is None
+                and not piece.finish_reason
+                and not piece.stop_reason
+                and (token_ids is None or (len(token_ids) == 1 and 0 <= token_ids[0] <= _MAX_TOKEN_ID))
+            ):
+                text += piece.text.encode("utf-8", "surrogatepass")
+                packed_ids.append(_NO_TOKEN_ID if token_ids is None else token_ids[0])
+                packed_count += 1
+            else:
+                self._keep(piece)
+                packed_ids.append(_NO_TOKEN_ID)
+            ends.append(len(text))
+        return packed_count * (LOOSE_BYTES - PACKED_BYTES)
 
-def _packed(pieces: Sequence[EngineDelta]) -> _Run | None:
-    """Return pieces as one run, or ``None`` where that would lose something."""
-    choice_index, has_ids = pieces[0].choice_index, pieces[0].token_ids is not None
-    for piece in pieces:
-        if (
-            piece.token_count != 1
-            or piece.choice_index != choice_index
-            or piece.finish_reason
-            or piece.stop_reason
-            or piece.raw is not None
-            or (len(piece.token_ids) != 1 if piece.token_ids is not None else has_ids)
-            or (piece.token_ids is not None) is not has_ids
-        ):
-            return None
-    ends = array("I", accumulate(len(piece.text) for piece in pieces))
-    try:
-        ids = array("i", [piece.token_ids[0] for piece in pieces if piece.token_ids]) if has_ids else None
-    except OverflowError:
-        # No token has such an id; it is passed on as it is.
-        return None
-    return _Run(choice_index, "".join([piece.text for piece in pieces]), ends, ids)
+    def _keep(self, piece: EngineDelta) -> None:
+        """Keep the next piece to be packed as it is."""
+        if self._odd is None or self._odd_indexes is None:
+            self._odd, self._odd_indexes = [], array("I")
+        self._odd.append(piece)
+        self._odd_indexes.append(len(self._ends))
+
+    def _unpacked(self, index: int) -> EngineDelta:
+        token_id = self._token_ids[index]
+        if token_id == _NO_TOKEN_ID and self._odd is not None and self._odd_indexes is not None:
+            position = bisect_left(self._odd_indexes, index)
+            if position < len(self._odd) and self._odd_indexes[position] == index:
+                return self._odd[position]
+        begin = self._ends[index - 1] if index else 0
+        text = self._text[begin : self._ends[index]].decode("utf-8", "surrogatepass")
+        return EngineDelta(0, text, None if token_id == _NO_TOKEN_ID else (token_id,), 1)

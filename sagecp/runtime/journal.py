@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,9 +71,7 @@ class Journal:
 
     def accepted(self, handle: RequestHandle, then: Written) -> None:
         """Write a new request; ``then`` is called when it survives the loss of power, or cannot."""
-        record = handle.record
-        # With the digest, so that a restart need not make it again.
-        metadata = dataclasses.replace(record.metadata, prompt_digest=record.digest)
+        record, metadata = handle.record, handle.record.metadata
         self.store.append(
             RequestAccepted(
                 record.request_id,
@@ -83,7 +80,7 @@ class Journal:
                 handle.fingerprint,
                 record.model,
                 self.moment(record.arrival_s),
-                encode_metadata(metadata),
+                encode_metadata(metadata, record.digest),
             ),
             sync=True,
             then=then,
@@ -165,9 +162,15 @@ class Journal:
 
     def instance_kept(self, record: InstanceRecord) -> None:
         """Write what an instance is now."""
+        drain, adapters = record.drain, record.desired_lora_adapters
         self.store.append(
             InstanceKept(
-                record.instance_id, record.incarnation, record.drain is not None, encode_instance(record.spec)
+                record.instance_id,
+                record.incarnation,
+                drain is not None,
+                encode_instance(record.spec),
+                0 if drain is None else drain.sleep_level,
+                None if adapters is None else tuple((each.name, each.path) for each in adapters),
             ),
             sync=True,
         )

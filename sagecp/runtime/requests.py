@@ -16,6 +16,7 @@ from sagecp.core.types import AttemptRecord, RequestMetadata, RequestState, Requ
 from sagecp.runtime.engines.base import EngineOutcome
 from sagecp.runtime.engines.request_body import JSON_ERRORS, not_json
 from sagecp.runtime.output import OutputLog
+from sagecp.runtime.store.base import StoreError
 
 
 def fingerprint(metadata: RequestMetadata) -> bytes:
@@ -35,6 +36,67 @@ def fingerprint(metadata: RequestMetadata) -> bytes:
     except JSON_ERRORS as error:
         raise not_json(error) from error
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+class OneTimeEvent:
+    """An event that is set once, for objects of which there are many: `asyncio.Event` takes 800 bytes."""
+
+    __slots__ = ("_event", "_is_set")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._event: asyncio.Event | None = None
+
+    def is_set(self) -> bool:
+        """Return whether it happened."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Let everybody know that it happened."""
+        self._is_set = True
+        if self._event is not None:
+            self._event.set()
+
+    async def wait(self) -> None:
+        """Return once it has happened."""
+        if self._is_set:
+            return
+        if self._event is None:
+            self._event = asyncio.Event()
+        await self._event.wait()
+
+
+class Acceptance:
+    """Whether a new request survives a restart, for all who wait to know. Settled once."""
+
+    __slots__ = ("_error", "_is_settled", "_waiters")
+
+    def __init__(self) -> None:
+        self._is_settled = False
+        self._error: StoreError | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def settle(self, error: StoreError | None) -> None:
+        """Say that it does, or why it cannot."""
+        self._is_settled, self._error = True, error
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Return once it is certain.
+
+        Raises:
+            StoreError: It cannot be: the request was never accepted.
+        """
+        if not self._is_settled:
+            # One for each who waits: the others still do when one of them is cancelled.
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+        if self._error is not None:
+            raise self._error
 
 
 class Attempt:
@@ -60,7 +122,8 @@ class RequestHandle:
         sequence: Order of creation, unique; newest highest.
         wall_offset_s: Add to the core's clock to get Unix seconds.
         durable: Whether it survives a restart.
-        accepted: Done when its acceptance survives a restart, or cannot; ``None``: nobody need wait.
+        accepted: Settled when its acceptance survives a restart, or cannot; ``None``: nobody need wait.
+        ended: Set when it is in its terminal state, and that is certain.
         refused: It could not be written down and was never accepted.
         suspended: The control plane stops; the request goes on when it starts again.
         task: The present attempt, or ``None``.
@@ -95,7 +158,7 @@ class RequestHandle:
         self.sequence = sequence
         self.wall_offset_s = wall_offset_s
         self.durable = False
-        self.accepted: asyncio.Future[None] | None = None
+        self.accepted: Acceptance | None = None
         self.refused = False
         self.suspended = False
         self.interruption: InterruptAttempt | None = None
@@ -104,7 +167,7 @@ class RequestHandle:
         self.outcome: EngineOutcome | None = None
         self.failure: Failure | None = None
         self.end_s: float | None = None
-        self.ended = asyncio.Event()
+        self.ended = OneTimeEvent()
 
     @property
     def request_id(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import random
 import sys
 import tempfile
@@ -26,7 +25,6 @@ WEIGHTS = {"plain": 6.0, "repeated": 1.0, "cancelled": 1.0}
 # A crash while it starts, before anything is served.
 _EARLY_SHARE = 0.1
 _LONGEST_S = 1.0
-_SETTLE_TIMEOUT_S = 180.0
 
 
 async def crash(cycles: int, seed: int, caller_count: int) -> bool:
@@ -38,9 +36,7 @@ async def crash(cycles: int, seed: int, caller_count: int) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         async with running_site(engines, settings=QUIET, folder=Path(folder)) as site:
             load = Load(site.ledger, random.Random(seed + 1), WEIGHTS)
-            stop = asyncio.Event()
-            loading = asyncio.create_task(load.run(caller_count, stop))
-            try:
+            async with load.running(caller_count, engines):
                 for _ in range(cycles):
                     await asyncio.sleep(generator.uniform(0.0, _LONGEST_S))
                     site.control_plane.kill()
@@ -48,15 +44,6 @@ async def crash(cycles: int, seed: int, caller_count: int) -> bool:
                     if generator.random() >= _EARLY_SHARE:
                         ready_s.append(await site.control_plane.serving())
                 await site.control_plane.serving()
-                stop.set()
-                await loading
-                with contextlib.suppress(AssertionError):
-                    # Violations are in the ledger, and are printed.
-                    await site.ledger.settle(engines, timeout_s=_SETTLE_TIMEOUT_S)
-            finally:
-                stop.set()
-                loading.cancel()
-                await asyncio.gather(loading, return_exceptions=True)
     ready_s.sort()
     sys.stdout.write(f"{cycles} cycles; ready after {ready_s[len(ready_s) // 2]:.2f} s (median), ")
     sys.stdout.write(f"{ready_s[-1]:.2f} s (longest)\n")

@@ -44,7 +44,6 @@ WEIGHTS = {
 QUIET: Settings = {"": {"log_level": "warning"}, "runtime": {"retained_request_count": 500}}
 _NONSENSE = ("eof", "cut", "done", "error", "abort", "garbage", "bad_json")
 _CALM_SHARE = 1 / 3
-_SETTLE_TIMEOUT_S = 180.0
 
 
 @dataclasses.dataclass
@@ -204,24 +203,15 @@ async def soak(minutes: float, seed: int, caller_count: int) -> bool:
             other = Ledger(callers.address)
             load = Load(site.ledger, random.Random(seed + 1), WEIGHTS, other)
             faults = Faults(site, generator, callers, beats)
-            stop = asyncio.Event()
-            loading = asyncio.create_task(load.run(caller_count, stop))
             try:
-                await faults.run(calm_s, spare_control_plane=False)
-                await faults.heal()
-                memory.first_bytes = site.control_plane.resident_bytes()
-                await faults.run(end_s, spare_control_plane=True)
-                memory.last_bytes = site.control_plane.resident_bytes()
-                await faults.heal()
-                stop.set()
-                await loading
-                with contextlib.suppress(AssertionError):
-                    # Violations are in the ledger, and are printed.
-                    await site.ledger.settle(engines, timeout_s=_SETTLE_TIMEOUT_S)
+                async with load.running(caller_count, engines):
+                    await faults.run(calm_s, spare_control_plane=False)
+                    await faults.heal()
+                    memory.first_bytes = site.control_plane.resident_bytes()
+                    await faults.run(end_s, spare_control_plane=True)
+                    memory.last_bytes = site.control_plane.resident_bytes()
+                    await faults.heal()
             finally:
-                stop.set()
-                loading.cancel()
-                await asyncio.gather(loading, return_exceptions=True)
                 await other.close()
     return report(site.ledger, load, faults.counts, memory, time.monotonic() - began_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import grpc
@@ -696,3 +697,16 @@ async def test_sessions_come_later(rig: Rig) -> None:
     assert error.code() is Code.UNIMPLEMENTED
     assert reason_of(error) == "NOT_IMPLEMENTED"
     assert "use Submit, Stream and Generate" in (error.details() or "")
+
+
+async def test_the_message_that_asked_is_not_held_while_its_stream_runs(rig: Rig) -> None:
+    """Prompts may be large, and streams are many: the request's record has what it needs."""
+    engine = await rig.add_engine()
+    stream = rig.generate("r1")
+    await next_event(stream, "opened")
+    call = await engine.next_call()
+    kind = inference_service_pb2.GenerateRequest
+    held = [each for each in gc.get_objects() if isinstance(each, kind) and each.spec.request_id == "r1"]
+    assert len(held) == 1, "the caller's own"
+    call.finish()
+    await remaining(stream)

@@ -60,6 +60,10 @@ class CuttingProxy:
         self._refusing = True
         self.cut()
 
+    def accept(self) -> None:
+        """Take new connections again."""
+        self._refusing = False
+
     async def stop(self) -> None:
         """End."""
         self.cut()

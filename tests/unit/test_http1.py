@@ -369,7 +369,8 @@ def test_any_events_chunks_and_reads_give_the_same_deltas(
         connection.connection_made(transport)
         generation = _Generation(EngineCall(EngineApi.COMPLETIONS, b"{}", "r"), sink, EngineTimeouts())
         result = generation.begin(connection)
-        connection.start(generation, b"head", b"{}")
+        generation.unanswered = b"head", b"{}"
+        connection.start(generation, *generation.unanswered)
         sizes = iter(read_sizes)
         position = 0
         while position < len(stream):
@@ -379,6 +380,7 @@ def test_any_events_chunks_and_reads_give_the_same_deltas(
             position += len(piece)
         assert result.done()
         assert (await result).finish_reasons == ("stop",)
+        assert generation.unanswered is None, "an answer that takes minutes does not hold a large body"
         # A whole message leaves a connection for the next call.
         assert not transport.aborted
         assert pool.idle_count == (framing != "until close")
@@ -543,6 +545,23 @@ async def test_a_connection_that_the_server_closed_while_idle_is_not_used() -> N
         await until(lambda: client.pool.open_count == 0)
         await client.get("/", timeout_s=5)
         assert len(server.requests) == 2
+        await client.close()
+
+
+@on_both_loops
+async def test_a_request_that_a_kept_connection_lost_is_sent_once_more_whole() -> None:
+    async def dies(request: Request) -> None:
+        request.close()
+
+    async with scripted_engine(well, dies, well) as server:
+        client = HttpClient(server.url)
+        await client.request("POST", "/", timeout_s=5, body=b"first")
+        response = await client.request("POST", "/again", timeout_s=5, body=b"x" * 200_000)
+        assert response.status == 200
+        first, lost, again = server.requests
+        assert lost.connection_number == first.connection_number
+        assert again.connection_number != lost.connection_number
+        assert (again.path, again.body) == (lost.path, lost.body) == ("/again", b"x" * 200_000)
         await client.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from sagecp.core.errors import ErrorReason, Failure, FieldViolation, InvalidRequestError
@@ -40,6 +41,8 @@ _FLOAT_FIELDS = {
     "frequency_penalty",
     "repetition_penalty",
 }
+# Of sampling parameters: larger ones hold a schema or a bias, and are their request's own.
+_MAX_REMEMBERED_BYTES = 256
 _LIST_FIELDS = {"stop", "stop_token_ids", "allowed_token_ids", "bad_words"}
 
 
@@ -93,8 +96,10 @@ def request_from_proto(
         values["labels"] = dict(spec.labels)
     metadata = RequestMetadata(**values)
     violations.extend(request_violations(metadata))
-    named = {violation.field for violation in violations}
-    violations.extend(v for v in body_violations(metadata) if v.field not in named)
+    further = list(body_violations(metadata))
+    if further:
+        named = {violation.field for violation in violations}
+        violations.extend(v for v in further if v.field not in named)
     if violations:
         raise InvalidRequestError(prefixed("spec", violations))
     return metadata
@@ -168,11 +173,28 @@ def _read_chat(
 
 
 def _read_sampling(sampling: request_pb2.SamplingParameters, values: dict[str, Any]) -> None:
+    if sampling.ByteSize() > _MAX_REMEMBERED_BYTES:
+        max_tokens, values["sampling"] = _sampling_of(sampling)
+    else:
+        max_tokens, values["sampling"] = _remembered_sampling(sampling.SerializeToString())
+    if max_tokens is not None:
+        values["max_tokens"] = max_tokens
+
+
+@functools.lru_cache(maxsize=256)
+def _remembered_sampling(data: bytes) -> tuple[int | None, SamplingParameters]:
+    """Read sampling parameters once for all requests that have the same: callers have few sets of them."""
+    return _sampling_of(request_pb2.SamplingParameters.FromString(data))
+
+
+def _sampling_of(sampling: request_pb2.SamplingParameters) -> tuple[int | None, SamplingParameters]:
+    """Return ``max_tokens``, which is a field of requests here, and the other parameters."""
+    max_tokens: int | None = None
     parameters: dict[str, Any] = {}
     for descriptor, value in sampling.ListFields():
         name = descriptor.name
         if name == "max_tokens":
-            values["max_tokens"] = value
+            max_tokens = value
         elif name in _FLOAT_FIELDS:
             # The wire has single precision: 0.7 arrives as 0.699999988.
             parameters[name] = float(f"{value:.7g}")
@@ -186,7 +208,7 @@ def _read_sampling(sampling: request_pb2.SamplingParameters, values: dict[str, A
             parameters[name] = struct_to_json(value)
         else:
             parameters[name] = value
-    values["sampling"] = SamplingParameters(**parameters)
+    return max_tokens, SamplingParameters(**parameters)
 
 
 def _structured_output(output: request_pb2.StructuredOutput) -> dict[str, Any]:

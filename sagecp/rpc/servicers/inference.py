@@ -7,14 +7,14 @@ from typing import Any
 import grpc
 
 from sagecp.core.errors import FieldViolation, InvalidRequestError, NotImplementedYetError
-from sagecp.core.types import RequestState
+from sagecp.core.types import RequestMetadata, RequestState
 from sagecp.rpc.convert.common import check_enum
 from sagecp.rpc.convert.request import request_from_proto, request_to_proto
 from sagecp.rpc.convert.scheduling import decision_to_proto
 from sagecp.rpc.reader_watch import ReaderWatch
 from sagecp.rpc.servicers.paging import not_our_token, page_size, page_token, position_of
 from sagecp.rpc.servicers.relay import relay_output
-from sagecp.runtime.manager import SUBMIT_POSITION_QUEUE_LIMIT, ControlPlaneManager
+from sagecp.runtime.manager import SUBMIT_POSITION_QUEUE_LIMIT, ControlPlaneManager, new_request_id
 from sagecp.runtime.requests import RequestHandle
 from sagecp.v1 import inference_service_pb2 as pb
 from sagecp.v1 import inference_service_pb2_grpc, request_pb2
@@ -38,8 +38,8 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
         """Accept a request."""
-        metadata = request_from_proto(request.spec, DEFAULT_TENANT)
-        handle, created = await self._manager.accept(metadata, durable=True, checked=True)
+        metadata, fresh = _asked(request.spec)
+        handle, created = await self._manager.accept(metadata, durable=True, checked=True, fresh_id=fresh)
         status = self._manager.status_of(handle, SUBMIT_POSITION_QUEUE_LIMIT)
         return pb.SubmitResponse(request=request_to_proto(status), created=created)
 
@@ -58,15 +58,18 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Accept a request and send its output."""
-        metadata = request_from_proto(request.spec, DEFAULT_TENANT)
-        handle, created = await self._manager.accept(metadata, durable=False, checked=True)
+        metadata, fresh = _asked(request.spec)
+        detached = request.detach_on_disconnect
+        handle, created = await self._manager.accept(metadata, durable=False, checked=True, fresh_id=fresh)
+        # Prompts may be large, and streams are many and long: the request's record has what it needs.
+        del request, metadata
         ended = False
         try:
             await relay_output(self._manager, handle, self._watch, 0, context, pb.GenerateResponse)
             ended = True
         finally:
             # Only the call that started a request may end it by leaving.
-            if created and not request.detach_on_disconnect and not ended:
+            if created and not detached and not ended:
                 await self._leave(handle)
 
     async def _leave(self, handle: RequestHandle) -> None:
@@ -145,6 +148,13 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         if not request_id:
             raise InvalidRequestError([FieldViolation("request_id", "is empty; name the request")])
         return await self._manager.find_request(DEFAULT_TENANT, request_id)
+
+
+def _asked(spec: request_pb2.RequestSpec) -> tuple[RequestMetadata, bool]:
+    """Return what a user asks for, validated and with an id; and whether that was made here."""
+    if spec.request_id:
+        return request_from_proto(spec, DEFAULT_TENANT), False
+    return request_from_proto(spec, DEFAULT_TENANT, new_request_id()), True
 
 
 def _sequence_of(token: str, violations: list[FieldViolation]) -> int:

@@ -187,15 +187,18 @@ class HttpClient:
             {**self._headers, **headers} if headers else self._headers,
             None if body is None else len(body),
         )
+        exchange.unanswered = request_head, body or b""
+        # The exchange lets go of them when they are not needed any more; this must not hold them.
+        del request_head, headers, body
         connection = self.pool.take_idle()
         if connection is not None:
             try:
-                return await _run(connection, exchange, request_head, body or b"")
+                return await _run(connection, exchange)
             except HttpDisconnectedError as error:
                 if error.response_started:
                     raise
         connection = await self.pool.connect(connect_timeout_s)
-        return await _run(connection, exchange, request_head, body or b"")
+        return await _run(connection, exchange)
 
     async def request(
         self,
@@ -256,9 +259,10 @@ class HttpClient:
         await self.pool.close()
 
 
-async def _run(connection: HttpConnection, exchange: HttpExchange[T], head: bytes, body: bytes) -> T:
+async def _run(connection: HttpConnection, exchange: HttpExchange[T]) -> T:
     result = exchange.begin(connection)
-    connection.start(exchange, head, body)
+    assert exchange.unanswered is not None  # noqa: S101 - no byte of a response has come
+    connection.start(exchange, *exchange.unanswered)
     try:
         return await result
     finally:

@@ -15,6 +15,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
+from sagecp.core.engine_address import why_no_engine
 from sagecp.runtime.engines.http1_wire import (
     BodyDecoder,
     BodySink,
@@ -71,11 +72,18 @@ class HttpExchange(abc.ABC, Generic[T]):
     and reads, then either the end or a failure. An exception that one of them
     (or the body sink) raises ends the exchange: the connection is closed and
     the exception is passed to :meth:`on_failure`.
+
+    Attributes:
+        unanswered: Head and body of the request, while it may have to be sent once more;
+            a streamed response may take minutes, and a body may be large.
     """
+
+    __slots__ = ("connection", "result", "unanswered")
 
     def __init__(self) -> None:
         self.result: asyncio.Future[T]
         self.connection: HttpConnection
+        self.unanswered: tuple[bytes, bytes] | None = None
 
     def begin(self, connection: HttpConnection) -> asyncio.Future[T]:
         """Return the future of the result; called just before the request is written."""
@@ -146,6 +154,18 @@ class HttpConnection(asyncio.BufferedProtocol):
         """Whether a request can be written."""
         return self._transport is not None and not self._transport.is_closing()
 
+    def why_no_engine(self) -> str:
+        """Return why the other end cannot be an engine, whatever its name; ``""``: it can.
+
+        By the address that was reached: to look a name up beforehand would not say what it
+        stands for a moment later.
+        """
+        peer = None if self._transport is None else self._transport.get_extra_info("peername")
+        if not isinstance(peer, tuple):
+            return ""
+        why = why_no_engine(peer[0])
+        return f"stands for {peer[0]}, which {why}" if why else ""
+
     def start(self, exchange: HttpExchange[Any], head: bytes, body: bytes) -> None:
         """Write a request whose response goes to the exchange."""
         transport = self._transport
@@ -204,10 +224,12 @@ class HttpConnection(asyncio.BufferedProtocol):
             decoder = self._decoder
             if decoder is None:
                 self._response_started = True
+                exchange.unanswered = None
                 assert self._head_reader is not None  # noqa: S101 - made with the exchange
                 found = self._head_reader.feed(data)
                 if found is None:
                     return
+                self._head_reader = None
                 head, data, position = found
                 decoder = self._decoder = make_body_decoder(head, self._pool.limits)
                 self._keeps_connection = head.keeps_connection
@@ -379,6 +401,10 @@ class ConnectionPool:
         if self._closed:
             connection.abort()
             raise HttpConnectError(f"the client for {where} is closed")
+        why = connection.why_no_engine()
+        if why:
+            connection.abort()
+            raise HttpConnectError(f"{where} {why}")
         if not connection.is_open:
             raise HttpConnectError(f"{where} closed the connection as soon as it was open")
         self._open.add(connection)

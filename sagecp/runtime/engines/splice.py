@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sagecp.core.types import RequestMetadata, SamplingParameters
@@ -269,6 +269,7 @@ async def continue_generation(
     timeouts: EngineTimeouts,
     *,
     request_id: str = "",
+    headers: Mapping[str, str] | None = None,
 ) -> EngineOutcome:
     """Go on with a request's output on an engine, joined to what was delivered.
 
@@ -283,6 +284,7 @@ async def continue_generation(
         sink: Takes what is new.
         timeouts: For all of it.
         request_id: What the engine shall call the attempt; default: the request's id.
+        headers: Further headers of its call, such as a trace context.
 
     Raises:
         EngineSpliceError: Text and tokens so far do not agree.
@@ -304,6 +306,8 @@ async def continue_generation(
             context_token_count=context_token_count,
             request_id=request_id,
         )
+        if headers:
+            call = dataclasses.replace(call, headers=headers)
         known = await read_known_text(client, model, continuation, ask_timeout_s)
     except EngineTimeoutError as error:
         if ask_timeout_s < timeouts.total_s:

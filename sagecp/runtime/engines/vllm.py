@@ -13,6 +13,7 @@ from sagecp.runtime.engines.base import (
     EngineCall,
     EngineEndpoint,
     EngineError,
+    EngineFailedError,
     EngineHealth,
     EngineOutcome,
     EngineOverloadedError,
@@ -104,20 +105,23 @@ class VllmEngineClient:
         if timeouts.total_s < math.inf:
             end_s = asyncio.get_running_loop().time() + timeouts.total_s
         generation = _Generation(call, sink, timeouts, end_s, self._activity)
+        exchanging = self._http.perform(
+            generation,
+            "POST",
+            call.api.value,
+            headers={
+                **call.headers,
+                "Accept": "text/event-stream",
+                "Content-Type": "application/json",
+                "X-Request-Id": call.request_id,
+            },
+            body=call.body,
+            connect_timeout_s=min(timeouts.connect_s, timeouts.total_s),
+        )
+        # Its body may be large, and the answer takes long.
+        del call
         try:
-            return await self._http.perform(
-                generation,
-                "POST",
-                call.api.value,
-                headers={
-                    **call.headers,
-                    "Accept": "text/event-stream",
-                    "Content-Type": "application/json",
-                    "X-Request-Id": call.request_id,
-                },
-                body=call.body,
-                connect_timeout_s=min(timeouts.connect_s, timeouts.total_s),
-            )
+            return await exchanging
         except (HttpError, SseError) as error:
             if isinstance(error, HttpConnectError) and asyncio.get_running_loop().time() >= end_s:
                 raise _out_of_time(timeouts) from error
@@ -130,7 +134,7 @@ class VllmEngineClient:
         try:
             response = await self._http.get("/health", timeout_s=timeout_s)
             if response.status != 200:
-                detail = f"/health answered HTTP {response.status}"
+                detail = f"/health answered HTTP {response.status}{redirection_of(response.head)}"
         except HttpError as error:
             detail = str(error)
         return EngineHealth(healthy=not detail, latency_s=time.monotonic() - start_s, detail=detail)
@@ -145,7 +149,10 @@ class VllmEngineClient:
                 "POST", EngineApi.COMPLETIONS.value, body, timeout_s=timeout_s
             )
             if response.status != 200:
-                detail = f"a probe for one token failed: {error_of_response(response.status, response.body)}"
+                elsewhere = redirection_of(response.head)
+                error = error_of_response(response.status, response.body)
+                said = f"HTTP {response.status}{elsewhere}" if elsewhere else str(error)
+                detail = f"a probe for one token failed: {said}"
             else:
                 parser = OpenAiStreamParser()
                 parser.parse_whole(response.body)
@@ -209,6 +216,17 @@ class VllmEngineClient:
         await self._http.close()
 
 
+def redirection_of(head: ResponseHead) -> str:
+    """Return what an answer that leads elsewhere says, and what to do about it; ``""``: it does not.
+
+    Nothing is ever followed: an engine's address is configuration, and where it leads was not checked.
+    """
+    if not 300 <= head.status < 400:
+        return ""
+    where = printable(head.headers.get("location", ""), 200) or "an address that it does not name"
+    return f", which redirects to {where}; register the final address"
+
+
 class _Activity:
     """When any call of a client last produced output."""
 
@@ -238,6 +256,20 @@ class _Generation(HttpExchange[EngineOutcome]):
     One timer serves all timeouts. Output only notes the time; the timer looks
     at the note when it fires, and arms itself for what is left.
     """
+
+    __slots__ = (
+        "_activity",
+        "_collector",
+        "_end_s",
+        "_has_output",
+        "_last_activity_s",
+        "_loop",
+        "_parser",
+        "_sink",
+        "_status",
+        "_timeouts",
+        "_timer",
+    )
 
     def __init__(
         self,
@@ -278,6 +310,10 @@ class _Generation(HttpExchange[EngineOutcome]):
 
     def on_head(self, head: ResponseHead) -> BodySink:
         self._status = head.status
+        if 300 <= head.status < 400:
+            raise EngineFailedError(
+                f"the engine answered HTTP {head.status}{redirection_of(head)}", head.status
+            )
         if head.status != 200:
             self._collector = BodyCollector(_MAX_ERROR_BODY_BYTES)
             return self._collector.feed

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 
 import grpc
 
 from sagecp.v1 import request_pb2
 from tests.faults.harness.ledger import Entry, Ledger
+from tests.faults.harness.programs import SimEngine
 
 INSIST_S = 90.0
 _PRIORITIES = (
@@ -20,6 +22,7 @@ _PRIORITIES = (
 )
 # Beyond so many, the oldest that have ended are checked and let go.
 _KEPT_COUNT = 3_000
+_SETTLE_TIMEOUT_S = 180.0
 
 
 class Load:
@@ -56,6 +59,29 @@ class Load:
     async def run(self, caller_count: int, stop: asyncio.Event) -> None:
         """Let callers call until told to stop; return when each has the end of its last request."""
         await asyncio.gather(*(self._call(stop) for _ in range(caller_count)))
+
+    @contextlib.asynccontextmanager
+    async def running(self, caller_count: int, engines: Iterable[SimEngine]) -> AsyncIterator[None]:
+        """Let callers call while the context is open; at its end, wait for all they began and check it.
+
+        Violations are left in the ledger.
+
+        Args:
+            caller_count: How many call at once.
+            engines: Those that must come to rest.
+        """
+        stop = asyncio.Event()
+        calling = asyncio.create_task(self.run(caller_count, stop))
+        try:
+            yield
+            stop.set()
+            await calling
+            with contextlib.suppress(AssertionError):
+                await self._ledger.settle(engines, timeout_s=_SETTLE_TIMEOUT_S)
+        finally:
+            stop.set()
+            calling.cancel()
+            await asyncio.gather(calling, return_exceptions=True)
 
     async def _call(self, stop: asyncio.Event) -> None:
         kinds, weights = list(self._weights), list(self._weights.values())
