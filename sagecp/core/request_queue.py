@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from sagecp.core.prompt_size import payload_size_bytes
 from sagecp.core.request import RequestRecord
+from sagecp.core.request_counts import RequestCounts
 from sagecp.core.shedding import ClassShares, QueueShares
 from sagecp.core.types import RequestMetadata, RequestPriority
 from sagecp.core.waiting_line import WaitingLine
@@ -22,6 +23,7 @@ class RequestQueue:
 
     Attributes:
         work_s: Predicted engine seconds of all that waits.
+        kinds: What waits, counted by kind.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class RequestQueue:
         self.max_request_count = max_request_count
         self._shares = QueueShares(max_request_count, max_size_bytes, shares or ClassShares())
         self.work_s = 0.0
+        self.kinds = RequestCounts()
         self._ticket = 0
 
     def __len__(self) -> int:
@@ -74,12 +77,14 @@ class RequestQueue:
         metadata = request.metadata
         self._shares.enter(metadata.priority, metadata.paying_tenant, request.size_bytes)
         self.work_s += request.work_s
+        self.kinds.add(request)
 
     def remove(self, request: RequestRecord) -> None:
         """Take a request out, wherever it is."""
         request.queue_ticket = 0
         line = self._lines[request.model]
         line.discard(request)
+        self.kinds.discard(request)
         metadata = request.metadata
         self._shares.leave(metadata.priority, metadata.paying_tenant, request.size_bytes)
         # Sums of floats drift; an empty queue is exactly empty.

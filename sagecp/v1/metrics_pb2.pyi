@@ -246,7 +246,10 @@ class MetricsSnapshot(_message.Message):
 
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
-        """Window of the rates and quantiles."""
+        """Window of the rates and quantiles: the one asked for, made longer so that it begins with
+        a whole slice of time (by less than 5 s up to 1 minute, 15 s up to 5 minutes, 150 s beyond),
+        or shorter where less is kept.
+        """
 
     @_builtins.property
     def overall(self) -> Global___PerformanceMetrics:
@@ -254,7 +257,7 @@ class MetricsSnapshot(_message.Message):
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricsGroup]:
-        """Per value of the dimension asked for, by value."""
+        """Per value of the dimension asked for, by value; the first 1,000."""
 
     def __init__(
         self,
