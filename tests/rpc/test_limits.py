@@ -13,6 +13,7 @@ from sagecp.config import RuntimeConfig, ServerConfig
 from sagecp.core.config import SchedulerConfig
 from sagecp.rpc.server import channel_options
 from sagecp.v1 import admin_service_pb2, inference_service_pb2, request_pb2
+from tests.support.metrics_text import sample_of
 from tests.support.rpc_rig import (
     Rig,
     failure_of,
@@ -164,8 +165,10 @@ async def test_a_burst_of_streams_leaves_nothing_behind() -> None:
         assert rig.manager.instance("e1").in_flight_count == 0
         assert rig.manager.instance("e1").reserved_token_count == 0
         assert (
-            rig.server.registry.get_sample_value(
-                "sagecp_rpc_open", {"method": "sagecp.v1.InferenceService/Generate"}
+            sample_of(
+                "".join(rig.server.exporter.calls.pieces()),
+                "sagecp_rpc_open",
+                method="sagecp.v1.InferenceService/Generate",
             )
             == 0
         )
