@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from sagecp.agent.kv_events.address import AUTO, OFF, parse_address
 from sagecp.core.errors import FieldViolation, InvalidRequestError
 
 DEFAULT_CONTROL_PLANE = "127.0.0.1:50051"
@@ -128,6 +129,8 @@ class AgentConfig:
         gpus: Indices or UUIDs of the engine's GPUs.
         dcgm_exporter: ``off``; the URL of a DCGM exporter's page to read instead of asking
             the NVIDIA driver; or ``auto``: that of this host, where there is no driver.
+        kv_events: ``off``; ``ENDPOINT`` or ``ENDPOINT,REPLAY_ENDPOINT`` of the engine's
+            publisher of KV-cache events; or ``auto``: as the engine's command line says.
         labels: Free labels for filters.
         usd_per_gpu_hour: Price of one GPU.
         interval_s: Between heartbeats, instead of what the control plane asks for.
@@ -155,6 +158,7 @@ class AgentConfig:
     expert_parallel_size: int | None = None
     gpus: tuple[str, ...] | None = None
     dcgm_exporter: str = "auto"
+    kv_events: str = OFF
     labels: Mapping[str, str] = field(default_factory=dict)
     usd_per_gpu_hour: float | None = None
     interval_s: float | None = None
@@ -267,6 +271,11 @@ class AgentConfig:
                     "such as http://127.0.0.1:9400/metrics",
                 )
             )
+        if self.kv_events not in {AUTO, OFF}:
+            try:
+                parse_address(self.kv_events)
+            except ValueError as error:
+                violations.append(FieldViolation("--kv-events", str(error)))
         if violations:
             raise InvalidRequestError(violations)
         return self

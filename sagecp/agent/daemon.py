@@ -15,6 +15,7 @@ from sagecp.agent.backoff import Backoff, Reminder
 from sagecp.agent.config import AgentConfig
 from sagecp.agent.connection import ControlPlaneLink, FleetConnection
 from sagecp.agent.errors import (
+    EXIT_DEFECT,
     EXIT_ENGINE_ENDED,
     EXIT_UNREACHABLE,
     AgentError,
@@ -24,6 +25,7 @@ from sagecp.agent.errors import (
 from sagecp.agent.heartbeat import HeartbeatLane, clamp_interval_s
 from sagecp.agent.messages import Registration, beat_to_proto
 from sagecp.agent.watch import MAX_LOOK_S, EngineWatch
+from sagecp.core.engine_state import KvCacheUpdate
 from sagecp.log import get_logger
 from sagecp.v1 import fleet_service_pb2 as pb
 
@@ -62,8 +64,14 @@ async def run_agents(configs: Sequence[AgentConfig], stop: asyncio.Event) -> int
         The first exit code that is not 0, in the order of the engines; see :func:`run_agent`.
     """
     link = ControlPlaneLink(configs[0])
-    codes = await asyncio.gather(*(run_agent(config, stop, link) for config in configs))
-    return next((code for code in codes if code), 0)
+    tasks = [asyncio.create_task(run_agent(config, stop, link)) for config in configs]
+    codes = await asyncio.gather(*tasks, return_exceptions=True)
+    for config, code in zip(configs, codes, strict=True):
+        if isinstance(code, Exception):
+            # A defect in what one engine needs is no matter of the others either.
+            logger = get_logger("sagecp.agent", instance_id=config.effective_instance_id)
+            logger.error("the agent of this engine failed", exc_info=code)
+    return next((code if isinstance(code, int) else EXIT_DEFECT for code in codes if code), 0)
 
 
 async def run_agent(config: AgentConfig, stop: asyncio.Event, link: ControlPlaneLink | None = None) -> int:
@@ -280,6 +288,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         opened_s = loop.time()
         next_beat_s = opened_s
+        self._watch.kv_events.tell_everything()
         while not self._stop.is_set():
             self._wake.clear()
             lane.check(self._interval_s)
@@ -296,7 +305,7 @@ class Agent:
                 await self._watch.read_gpus()
                 jitter = random.uniform(1 - _INTERVAL_JITTER, 1 + _INTERVAL_JITTER)
                 next_beat_s = look_s + self._interval_s * jitter
-                await lane.send(self._message(lane), self._interval_s)
+                await lane.send(self._message(lane, self._watch.kv_events.take_update()), self._interval_s)
             if self._watch.facts_are_old and await self._watch.refresh():
                 await lane.settle(_SETTLE_TIMEOUT_S)
                 return
@@ -308,7 +317,9 @@ class Agent:
         goodbye.goodbye = True
         await lane.say_goodbye(goodbye, _GOODBYE_TIMEOUT_S)
 
-    def _message(self, lane: HeartbeatLane) -> pb.HeartbeatRequest:
+    def _message(
+        self, lane: HeartbeatLane, kv_cache_update: KvCacheUpdate | None = None
+    ) -> pb.HeartbeatRequest:
         watch = self._watch
         return beat_to_proto(
             self._registration,
@@ -317,6 +328,7 @@ class Agent:
             watch.gpus,
             watch.supervisor.process if watch.supervisor is not None else None,
             watch.order_trouble,
+            kv_cache_update,
         )
 
     async def _sleep_until(self, time_s: float) -> None:

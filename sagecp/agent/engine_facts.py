@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sagecp.agent.engine_http import EngineAnswerError, EngineHttp
+from sagecp.agent.kv_events.address import KvEventsAddress, address_of_engine
 from sagecp.agent.local_engine import EngineArguments, LocalEngine, find_local_engine, is_local_host
 from sagecp.agent.metrics_text import EngineMetrics
 from sagecp.core.engine_state import EngineCapability, LoraAdapter
@@ -57,6 +58,7 @@ class EngineFacts:
         configuration: Settings that tell apart two engines of one version.
         capabilities: What it can be told to do.
         adapters: LoRA adapters that it has loaded.
+        kv_events: Where it publishes its KV-cache events.
     """
 
     model_name: str
@@ -77,6 +79,7 @@ class EngineFacts:
     configuration: Mapping[str, str] = field(default_factory=dict)
     capabilities: frozenset[EngineCapability] = frozenset()
     adapters: tuple[LoraAdapter, ...] = ()
+    kv_events: KvEventsAddress | None = None
 
     def unknown(self) -> list[str]:
         """Return the names of the facts that could not be found out."""
@@ -160,6 +163,7 @@ async def discover(
         configuration=dict(_settings(metrics, server_info)),
         capabilities=capabilities,
         adapters=adapters_of(models),
+        kv_events=stated.kv_events,
     )
 
 
@@ -274,6 +278,7 @@ def _stated_sizes(
         expert_parallel=parallel["enable_expert_parallel"]
         if isinstance(parallel.get("enable_expert_parallel"), bool)
         else None,
+        kv_events=address_of_engine(server_info.get("kv_events_config")),
     )
     # Ranks are counted where they label their metrics. An engine that is one rank of
     # several, each with a server of its own, is a single rank here: rightly so.

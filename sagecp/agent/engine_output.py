@@ -19,6 +19,8 @@ _MAX_REST_BYTES = 1 << 13
 _ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # Engines that are told to log requests write what users have said.
 _PROMPT = re.compile(r"(prompt\w*['\"]?\s*[:=]).+", re.IGNORECASE)
+# Access logs of what agents ask for every second; they would push out what matters.
+_OWN_QUESTION = re.compile(r'"GET /(?:health|metrics)[^" ]* HTTP/[0-9.]+" 200')
 
 
 class OutputPump:
@@ -29,7 +31,7 @@ class OutputPump:
 
     Args:
         pipe_fd: The end to read from; closed at the end.
-        log_file: Appended to; ``None``: the agent's standard output.
+        log_file: Appended to; ``None``, or where that cannot be done: the agent's standard output.
         secrets: Texts that are not kept.
     """
 
@@ -50,7 +52,9 @@ class OutputPump:
         with open(self._pipe_fd, "rb", buffering=0) as pipe, contextlib.ExitStack() as stack:  # noqa: PTH123
             sink: BinaryIO = sys.stdout.buffer
             if self._log_file is not None:
-                sink = stack.enter_context(self._log_file.open("ab", buffering=0))
+                # Rather on standard output than an engine that nobody reads from, which would end.
+                with contextlib.suppress(OSError):
+                    sink = stack.enter_context(self._log_file.open("ab", buffering=0))
             rest = b""
             while piece := pipe.read(_PIECE_BYTES):
                 # A full disk or a closed pipe must not end the engine.
@@ -66,6 +70,8 @@ class OutputPump:
 
     def _keep(self, line: bytes) -> None:
         text = _ESCAPE_SEQUENCE.sub("", line[:_MAX_REST_BYTES].decode("utf-8", "replace"))
+        if _OWN_QUESTION.search(text):
+            return
         text = _PROMPT.sub(r"\1 ...", text)
         for secret in self._secrets:
             text = text.replace(secret, "***")

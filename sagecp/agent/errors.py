@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+EXIT_DEFECT = 1
 EXIT_ENGINE_ENDED = 1
 EXIT_INVALID = 2
 EXIT_UNREACHABLE = 3

@@ -2,14 +2,13 @@
 
     python guard.py STATUS_FD STOP_TIMEOUT_S COMMAND...
 
-Engines have processes of their own, and one that is killed leaves them behind,
-with the GPU's memory. So the engine gets a process group, and between it and the
-agent stands this process, which holds on to nothing else: when its standard input
-ends, because the agent closes it or is gone, it asks the group to end, and ends it
-for certain after the timeout; when the engine ends, so does what is left of its
-group. Signals to the guard itself change nothing. It tells on STATUS_FD, a line
-each: ``started PID``, ``exited CODE`` (negative: the signal that ended it), or
-``failed REASON``.
+Engines have processes of their own, and one that is killed leaves them behind, with the GPU's
+memory. So the engine gets a process group, and between it and the agent stands this process,
+which holds on to nothing else: when its standard input ends, because the agent closes it or is
+gone, it asks the group to end, and ends it for certain after the timeout; when the engine
+ends, so does what it leaves behind: its group, and on Linux processes that left the group as
+well. Signals to the guard itself change nothing. It tells on STATUS_FD, a line each: ``started
+PID``, ``exited CODE`` (negative: the signal that ended it), or ``failed REASON``.
 
 Standard library only: it starts in a fraction of the time that the agent needs.
 """
@@ -25,7 +24,12 @@ import subprocess
 import sys
 import time
 
-_DEATH_SIGNAL_OPTION = 1  # PR_SET_PDEATHSIG of prctl(2).
+# Of prctl(2): PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER.
+_DEATH_SIGNAL_OPTION = 1
+_ADOPT_OPTION = 36
+# What a signal of this kind does not end in so long hangs in the kernel.
+_LEFTOVERS_TIMEOUT_S = 5.0
+_POLL_S = 0.02
 
 
 def main(arguments: list[str]) -> int:
@@ -33,6 +37,8 @@ def main(arguments: list[str]) -> int:
     status_fd, stop_timeout_s, command = int(arguments[0]), float(arguments[1]), arguments[2:]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # A handler, unlike SIG_IGN, is not inherited.
+    # What loses its parent becomes a child of this process, instead of the first one's.
+    _control_process(_ADOPT_OPTION, 1)
     child_ended, notice = os.pipe()
     os.set_blocking(notice, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -54,7 +60,9 @@ def main(arguments: list[str]) -> int:
         _wait(engine, child_ended, time.monotonic() + stop_timeout_s)
     # What the engine leaves behind, or the engine itself if it did not end in time.
     _signal_group(engine.pid, signal.SIGKILL)
-    _tell(status_fd, f"exited {engine.wait()}")
+    exit_code = engine.wait()
+    _end_leftovers()
+    _tell(status_fd, f"exited {exit_code}")
     return 0
 
 
@@ -76,10 +84,33 @@ def _wait(engine: subprocess.Popen[bytes], child_ended: int, deadline_s: float |
                     os.read(child_ended, 1024)
 
 
+def _end_leftovers() -> None:
+    """End and reap every process that the engine has left to this one, and then what those leave."""
+    deadline_s = time.monotonic() + _LEFTOVERS_TIMEOUT_S
+    own_id = os.getpid()
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(OSError):
+            with open(f"/proc/self/task/{own_id}/children") as listed:  # noqa: PTH123 - pathlib takes 10 ms
+                children = [int(word) for word in listed.read().split()]
+            for process_id in children:
+                os.kill(process_id, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(_POLL_S)
+
+
 def _end_with_parent() -> None:
     """Have the kernel end the engine should the guard be killed. Runs in the new process."""
+    _control_process(_DEATH_SIGNAL_OPTION, signal.SIGKILL)
+
+
+def _control_process(option: int, value: int) -> None:
+    """Call prctl(2), where there is one."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL_OPTION, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(option, value)
 
 
 def _signal_group(process_id: int, number: signal.Signals) -> None:

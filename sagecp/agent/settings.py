@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sagecp.agent.config import AgentConfig, Supervision
+from sagecp.agent.kv_events.address import AUTO, OFF
 from sagecp.core.errors import FieldViolation, InvalidRequestError
 
 # Where engines listen that are not told a port.
@@ -40,6 +41,7 @@ def agent_configs(
     advertised_urls: Sequence[str] = (),
     model_names: Sequence[str] = (),
     gpus: Sequence[tuple[str, ...]] = (),
+    kv_events: Sequence[str] = (),
     supervision: Supervision | None = None,
     common: Mapping[str, Any],
 ) -> list[AgentConfig]:
@@ -51,6 +53,7 @@ def agent_configs(
         advertised_urls: None, or one for each engine, in order; the two after it likewise.
         model_names: One may also be for all.
         gpus: Of each engine.
+        kv_events: Likewise; ``auto`` and ``off`` may also be for all.
         supervision: Of the only engine; without ``engines``, its command says where it is.
         common: Settings that are the same for all.
 
@@ -74,6 +77,7 @@ def agent_configs(
         ("--advertise", len(advertised_urls), False),
         ("--model", len(model_names), True),
         ("--gpus", len(gpus), False),
+        ("--kv-events", len(kv_events), not set(kv_events) - {AUTO, OFF}),
     ):
         if given not in {0, count} and not (one_is_enough and given == 1):
             violations.append(
@@ -93,6 +97,7 @@ def agent_configs(
             advertised_url=advertised_urls[index] if advertised_urls else "",
             model_name=model_names[index % len(model_names)] if model_names else "",
             gpus=gpus[index] if gpus else None,
+            kv_events=kv_events[index % len(kv_events)] if kv_events else OFF,
             supervision=supervision,
             **common,
         )

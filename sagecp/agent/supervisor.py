@@ -132,11 +132,8 @@ class EngineSupervisor:
         process = self.process
         if process.state is EngineProcessState.STOPPING:
             return "the engine is being stopped"
-        reason = self.gave_up or f"the engine {_describe_end(process.last_exit_code)}"
-        if process.next_start_time_s is not None:
-            wait_s = max(0.0, process.next_start_time_s - time.time())
-            reason += f"; it is started again in {wait_s:.0f} s"
-        return reason
+        # Without the time of the next start, which would be another reason with every beat.
+        return self.gave_up or f"the engine {_describe_end(process.last_exit_code)}"
 
     async def _keep_running(self) -> None:
         limit = self._supervision.max_restart_count

@@ -92,6 +92,10 @@ def _fault_options(command: Any) -> Any:  # noqa: ANN401 - click decorates funct
 @click.option(
     "--tensor-parallel-size", type=click.IntRange(min=1), help="GPUs it claims to use.  [the profile's]"
 )
+@click.option("--enable-lora", is_flag=True, help="Have pages that load and unload LoRA adapters.")
+@click.option(
+    "--max-loras", default=1, show_default=True, type=click.IntRange(min=1), help="As vLLM tells it."
+)
 @click.option("--max-num-queued-reqs", type=click.IntRange(min=1), help="Answer 503 beyond so many requests.")
 @click.option(
     "--api-key", default="", envvar="SAGECP_ENGINE_API_KEY", show_envvar=True, help="Key that /v1 asks for."
@@ -121,6 +125,8 @@ def engine_sim(
     block_size: int,
     prefix_caching: bool,
     tensor_parallel_size: int | None,
+    enable_lora: bool,
+    max_loras: int,
     max_num_queued_reqs: int | None,
     api_key: str,
     shutdown_timeout: float,
@@ -154,6 +160,8 @@ def engine_sim(
             block_size=block_size,
             enable_prefix_caching=prefix_caching,
             tensor_parallel_size=tensor_parallel_size,
+            enable_lora=enable_lora,
+            max_loras=max_loras,
             max_num_queued_reqs=max_num_queued_reqs,
             api_key=api_key,
             misbehaviour=Misbehaviour().changed(given),

@@ -22,6 +22,7 @@ class EngineLoop:
 
     Attributes:
         paused: Steps begin and do not end; call :meth:`wake` after a change.
+        asleep: No step begins; likewise.
     """
 
     def __init__(self, model: EngineModel, deliver: Callable[[list[TokenOutput]], None]) -> None:
@@ -32,6 +33,7 @@ class EngineLoop:
         self._due_s = 0.0
         self._stopped = False
         self.paused = False
+        self.asleep = False
 
     def now(self) -> float:
         """Return the engine's time, in seconds."""
@@ -40,6 +42,9 @@ class EngineLoop:
     def wake(self) -> None:
         """Take notice of a request that was added or aborted."""
         if self._stopped:
+            return
+        if self.asleep:
+            self._cancel()
             return
         now = time.monotonic()
         due_s = self._model.begin_step(now)

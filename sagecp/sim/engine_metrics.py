@@ -6,11 +6,16 @@ because one histogram is observed for every token.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from sagecp.sim.engine_model import EngineModel
 from sagecp.sim.engine_types import EngineRequest
+
+if TYPE_CHECKING:
+    from sagecp.sim.engine_control import EngineControl
 
 _TTFT = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -66,9 +71,11 @@ class EngineMetrics:
         max_model_len: The longest sequence, which bounds the token histograms.
         info: Labels of ``cache_config_info``.
         created_s: Unix time of the start.
+        max_loras: Adapters in one batch; ``None``: it takes none.
 
     Attributes:
         rejections: Requests refused because the queue was full.
+        control: Its sleep, and its LoRA adapters; ``None``: it has neither.
     """
 
     def __init__(
@@ -78,11 +85,14 @@ class EngineMetrics:
         max_model_len: int,
         info: Mapping[str, str],
         created_s: float,
+        max_loras: int | None = None,
     ) -> None:
         self._model = model
         self._name = model_name
         self._info = dict(info)
         self._created_s = created_s
+        self._max_loras = max_loras
+        self.control: EngineControl | None = None
         self._success = dict.fromkeys(_FINISHED_REASONS, 0)
         self.rejections = 0
         tokens = _decades(max_model_len)
@@ -135,6 +145,7 @@ class EngineMetrics:
         """Return the scrape."""
         lines: list[str] = []
         self._render_gauges(lines)
+        self._render_adapters(lines)
         self._render_counters(lines)
         self._render_histograms(lines)
         self._family(lines, "cache_config_info", "gauge", "Information of the LLMEngine CacheConfig")
@@ -145,6 +156,7 @@ class EngineMetrics:
     def _render_gauges(self, lines: list[str]) -> None:
         model = self._model
         waiting = float(model.waiting_count)
+        sleep_level = None if self.control is None else self.control.sleep_level
         self._values(
             lines,
             "num_requests_running",
@@ -172,9 +184,9 @@ class EngineMetrics:
             "gauge",
             "Engine sleep state; awake = 1 means engine is awake.",
             [
-                ({"sleep_state": "awake"}, 1.0),
-                ({"sleep_state": "weights_offloaded"}, 0.0),
-                ({"sleep_state": "discard_all"}, 0.0),
+                ({"sleep_state": "awake"}, float(sleep_level is None)),
+                ({"sleep_state": "weights_offloaded"}, float(sleep_level == 1)),
+                ({"sleep_state": "discard_all"}, float(sleep_level == 2)),
             ],
         )
         self._values(
@@ -183,6 +195,17 @@ class EngineMetrics:
             "gauge",
             "KV-cache usage. 1 means 100 percent usage.",
             [({}, model.cache.usage)],
+        )
+
+    def _render_adapters(self, lines: list[str]) -> None:
+        if self._max_loras is None or self.control is None:
+            return
+        running, waiting = self.control.adapters_in_use()
+        self._family(lines, "lora_requests_info", "gauge", "Running stats on lora requests.")
+        lines.append(
+            f'vllm:lora_requests_info{{max_lora="{self._max_loras}",'
+            f'running_lora_adapters="{_escape(",".join(running))}",'
+            f'waiting_lora_adapters="{_escape(",".join(waiting))}"}} {time.time()}'
         )
 
     def _render_counters(self, lines: list[str]) -> None:

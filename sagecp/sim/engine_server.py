@@ -21,6 +21,7 @@ from sagecp.sim import info_endpoints
 from sagecp.sim.api_events import ResponseHead
 from sagecp.sim.api_fields import ApiError, UnreadableBodyError
 from sagecp.sim.api_request import GenerationCall, parse_chat, parse_completion
+from sagecp.sim.engine_control import EngineControl
 from sagecp.sim.engine_loop import EngineLoop
 from sagecp.sim.engine_metrics import EngineMetrics
 from sagecp.sim.engine_types import EngineRequest, TokenOutput
@@ -71,6 +72,7 @@ class EngineServer:
         config: As given.
         model: The engine.
         faults: The faults that are switched on; switch them with :meth:`misbehave`.
+        control: Its sleep, and its LoRA adapters.
         metrics: What ``/metrics`` shows.
     """
 
@@ -84,6 +86,7 @@ class EngineServer:
             config.max_model_len,
             info_endpoints.cache_config(config, self.model.cache.block_count),
             time.time(),
+            config.max_loras if config.enable_lora else None,
         )
         self._die = die if die is not None else self._play_dead
         described = f"{config.model_names[0]} {config.seed} {config.profile} {config.parallel_size}"
@@ -91,6 +94,8 @@ class EngineServer:
         self._random = random.Random(config.seed)
         self._sequence = itertools.count()
         self._live: dict[Generation, None] = {}
+        self.control = EngineControl(config, self.model, self._live.keys(), self._apply_sleep)
+        self.metrics.control = self.control
         self._draining = False
         self._engine: EngineLoop | None = None
         self._runner: web.AppRunner | None = None
@@ -114,7 +119,8 @@ class EngineServer:
         app.router.add_get("/health", self._health)
         app.router.add_get("/sim/misbehave", self._show_misbehaviour)
         app.router.add_post("/sim/misbehave", self._change_misbehaviour)
-        info_endpoints.add_routes(app, self.config, ENGINE_VERSION)
+        info_endpoints.add_routes(app, self.config, ENGINE_VERSION, self.control)
+        self.control.add_routes(app)
         add_request_routes(app, self._live.keys(), self.model)
         self._runner = web.AppRunner(
             app,
@@ -210,6 +216,11 @@ class EngineServer:
             if self.faults.switches.refuse_connections_s:
                 self._reset_connections(spared)
 
+    def _apply_sleep(self) -> None:
+        if self._engine is not None:
+            self._engine.asleep = self.control.is_asleep
+            self._engine.wake()
+
     def _stream_faults(self, generation: Generation) -> list[tuple[int, str]]:
         """Return the faults that may hit a generation."""
         switches = self.faults.switches
@@ -274,7 +285,7 @@ class EngineServer:
                 type_="Bad Request",
             )
         parse = parse_chat if is_chat else parse_completion
-        call = parse(body, self.config.model_names, self.config.max_model_len)
+        call = parse(body, self.control.served_names, self.config.max_model_len)
         if self._draining:
             raise ApiError("The engine is shutting down.", status=500, type_="InternalServerError")
         self._check_queue(call)

@@ -12,6 +12,7 @@ from aiohttp import web
 from sagecp.sim import tokenizer
 from sagecp.sim.api_fields import FieldReader, parse_object
 from sagecp.sim.api_request import check_model, check_token_ids, read_messages
+from sagecp.sim.engine_control import EngineControl
 from sagecp.sim.server_config import EngineServerConfig
 
 
@@ -35,9 +36,11 @@ def cache_config(config: EngineServerConfig, block_count: int) -> dict[str, str]
     }
 
 
-def add_routes(app: web.Application, config: EngineServerConfig, version: str) -> None:
+def add_routes(
+    app: web.Application, config: EngineServerConfig, version: str, control: EngineControl
+) -> None:
     """Add the endpoints to an application."""
-    endpoints = _InfoEndpoints(config, version)
+    endpoints = _InfoEndpoints(config, version, control)
     app.router.add_get("/ping", endpoints.ping)
     app.router.add_post("/ping", endpoints.ping)
     app.router.add_get("/version", endpoints.version)
@@ -49,9 +52,10 @@ def add_routes(app: web.Application, config: EngineServerConfig, version: str) -
 
 
 class _InfoEndpoints:
-    def __init__(self, config: EngineServerConfig, version: str) -> None:
+    def __init__(self, config: EngineServerConfig, version: str, control: EngineControl) -> None:
         self._config = config
         self._version = version
+        self._control = control
 
     async def ping(self, _request: web.Request) -> web.StreamResponse:
         return web.Response()
@@ -71,9 +75,9 @@ class _InfoEndpoints:
                 "object": "model",
                 "created": created,
                 "owned_by": "vllm",
-                "root": self._config.model_names[0],
-                "parent": None,
-                "max_model_len": self._config.max_model_len,
+                "root": self._control.adapters.get(name, self._config.model_names[0]),
+                "parent": self._config.model_names[0] if name in self._control.adapters else None,
+                "max_model_len": None if name in self._control.adapters else self._config.max_model_len,
                 "permission": [
                     {
                         "id": f"modelperm-{uuid.uuid4().hex[:16]}",
@@ -91,7 +95,7 @@ class _InfoEndpoints:
                     }
                 ],
             }
-            for name in self._config.model_names
+            for name in self._control.served_names
         ]
         return _json({"object": "list", "data": cards})
 
@@ -99,7 +103,11 @@ class _InfoEndpoints:
         """Show the configuration, as vLLM's development mode does."""
         config = self._config
         shown: Any = {
-            "model_config": {"model": config.model_names[0], "max_model_len": config.max_model_len},
+            "model_config": {
+                "model": config.model_names[0],
+                "max_model_len": config.max_model_len,
+                "enable_sleep_mode": True,
+            },
             "parallel_config": {
                 "tensor_parallel_size": config.parallel_size,
                 "pipeline_parallel_size": 1,
@@ -136,7 +144,7 @@ class _InfoEndpoints:
             token_ids = tokenizer.encode(text or "")
         named = reader.boolean("return_token_strs")
         reader.raise_failures()
-        check_model(model, self._config.model_names)
+        check_model(model, self._control.served_names)
         return _json(
             {
                 "count": len(token_ids),
@@ -160,7 +168,7 @@ class _InfoEndpoints:
                 message = "Input should be greater than or equal to 0"
                 reader.fail(f"tokens.{index}", "greater_than_equal", message, token_id, {"ge": 0})
         reader.raise_failures()
-        check_model(model, self._config.model_names)
+        check_model(model, self._control.served_names)
         check_token_ids(token_ids)
         return _json({"prompt": tokenizer.decode(token_ids)})
 

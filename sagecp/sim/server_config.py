@@ -34,6 +34,8 @@ class EngineServerConfig:
         enable_prefix_caching: Whether prompts share blocks.
         tensor_parallel_size: GPUs it claims to run on; ``None`` takes the profile's.
         max_num_queued_reqs: Unfinished requests from which on new ones get 503; ``None`` is no bound.
+        enable_lora: Whether LoRA adapters can be loaded and unloaded.
+        max_loras: Adapters in one batch, as far as is told.
         api_key: When set, ``/v1`` asks for it as a bearer token.
         max_body_bytes: Larger request bodies are refused.
         misbehaviour: Faults from the start.
@@ -56,6 +58,8 @@ class EngineServerConfig:
     enable_prefix_caching: bool = True
     tensor_parallel_size: int | None = None
     max_num_queued_reqs: int | None = None
+    enable_lora: bool = False
+    max_loras: int = 1
     api_key: str = field(default="", repr=False)
     max_body_bytes: int = 64 * 1024 * 1024
     misbehaviour: Misbehaviour = field(default_factory=Misbehaviour)
@@ -72,6 +76,7 @@ class EngineServerConfig:
             "max_num_batched_tokens",
             "block_size",
             "max_body_bytes",
+            "max_loras",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

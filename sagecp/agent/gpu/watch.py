@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import ClassVar
 
 import structlog
 
@@ -59,7 +60,7 @@ class GpuWatch:
             return
         if self._reading is None:
             if self._thread is None:
-                self._thread = _Thread()
+                self._thread = _Thread.shared()
             self._reading = asyncio.wrap_future(self._thread.submit(self._probe.read))
         done, _ = await asyncio.wait({self._reading}, timeout=_TIMEOUT_S)
         if not done:
@@ -92,12 +93,23 @@ class GpuWatch:
 
 
 class _Thread:
-    """A thread for a driver that blocks: one call at a time, in order.
+    """A thread for a driver that blocks: one call at a time, in order, of all engines of this agent.
 
     Unlike an executor's it does not keep the process alive when a call never returns.
     """
 
+    current: ClassVar[_Thread | None] = None
+
+    @classmethod
+    def shared(cls) -> _Thread:
+        """Return the thread of this process; each caller ends its part by :meth:`finish`."""
+        if cls.current is None:
+            cls.current = cls()
+        cls.current.user_count += 1
+        return cls.current
+
     def __init__(self) -> None:
+        self.user_count = 0
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         threading.Thread(target=self._work, name="nvml", daemon=True).start()
 
@@ -117,9 +129,12 @@ class _Thread:
         return future
 
     def finish(self, function: Callable[[], None]) -> None:
-        """Have a function called, and end."""
+        """Have a function called, and end with the last user."""
         self._calls.put(function)
-        self._calls.put(None)
+        self.user_count -= 1
+        if not self.user_count:
+            self._calls.put(None)
+            type(self).current = None
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:

@@ -150,6 +150,8 @@ def _encode(value: Any) -> Any:  # noqa: ANN401 - JSON
         return {str(key): _encode(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_encode(item) for item in value]
+    if isinstance(value, frozenset):
+        return [_encode(item) for item in sorted(value)]
     return encode_fields(value)
 
 
@@ -165,9 +167,9 @@ def _decoder(hint: Any) -> Callable[[Any], Any]:  # noqa: ANN401 - an annotation
     if origin in {types.UnionType, typing.Union}:
         inner = _decoder(next(each for each in arguments if each is not type(None)))
         return lambda value: None if value is None else inner(value)
-    if origin is tuple:
+    if origin in {tuple, frozenset}:
         item = _decoder(arguments[0])
-        return lambda value: tuple(item(each) for each in value)
+        return lambda value: origin(item(each) for each in value)
     if origin is not None and issubclass(origin, Mapping):
         key, content = _decoder(arguments[0]), _decoder(arguments[1])
         return lambda value: {key(name): content(each) for name, each in value.items()}

@@ -211,6 +211,15 @@ def _describe(effect: fx.Effect) -> dict[str, Any]:
             }
         case fx.InstanceRemoved():
             return {"instance_id": effect.instance_id, "reason": effect.reason}
+        case fx.GpuFaultBegan() | fx.GpuFaultCleared():
+            fault = effect.fault
+            return {"instance_id": effect.instance_id, "kind": fault.kind.name, "message": fault.message}
+        case fx.EngineProcessChanged():
+            return {"instance_id": effect.instance_id, "state": effect.process.state.name}
+        case fx.ClockSkewChanged():
+            return {"instance_id": effect.instance_id, "skewed": effect.skewed}
+        case fx.OrderTroubled():
+            return {"instance_id": effect.instance_id, "trouble": effect.trouble}
         case fx.ProbeEngine():
             return {"instance_id": effect.instance_id}
         case fx.FailStaticChanged():

@@ -20,7 +20,7 @@ from grpc_status import rpc_status
 from sagecp.agent.config import AgentConfig
 from sagecp.agent.daemon import run_agent
 from sagecp.v1 import fleet_service_pb2 as pb
-from sagecp.v1 import fleet_service_pb2_grpc
+from sagecp.v1 import fleet_service_pb2_grpc, instance_pb2
 
 ROOT = Path(__file__).parents[3]
 SAMPLE = (ROOT / "tests" / "data" / "vllm-metrics-sample.txt").read_text()
@@ -31,6 +31,7 @@ class Recorder:
     """Something whose changes can be awaited."""
 
     def __init__(self) -> None:
+        self.timeout_s = TIMEOUT_S
         self._changed = asyncio.Condition()
         self._notifying: set[asyncio.Task[None]] = set()
 
@@ -43,8 +44,8 @@ class Recorder:
         self._notifying.add(task)
         task.add_done_callback(self._notifying.discard)
 
-    async def until(self, accept: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
-        async with asyncio.timeout(timeout_s), self._changed:
+    async def until(self, accept: Callable[[], Any], timeout_s: float | None = None) -> Any:
+        async with asyncio.timeout(timeout_s or self.timeout_s), self._changed:
             await self._changed.wait_for(accept)
         return accept()
 
@@ -134,12 +135,38 @@ class ControlPlane(Recorder, fleet_service_pb2_grpc.FleetServiceServicer):
         self.interval_s = 0.1
         self.lease_s = 6.0
         self.abort_request_ids: list[str] = []
+        self.only_instance_id = ""
         self.desired_state: pb.DesiredState.ValueType = pb.DESIRED_STATE_SERVING
+        self.sleep_level = 0
+        self.adapters: instance_pb2.LoraAdapters | None = None
+        self.refused_instance_ids: dict[str, tuple[Any, ...]] = {}
         self.credentials: grpc.ServerCredentials | None = None
         self._server: grpc.aio.Server | None = None
 
     async def until_beats(self, count: int) -> None:
         await self.until(lambda: len(self.beats) >= count)
+
+    def take_abort_request_ids(self, instance_id: str) -> list[str]:
+        """Return what the next beat is answered with: of any instance, unless one is meant."""
+        if self.only_instance_id not in {"", instance_id}:
+            return []
+        taken, self.abort_request_ids = self.abort_request_ids, []
+        return taken
+
+    def last_beat(self, instance_id: str) -> pb.HeartbeatRequest | None:
+        return next((beat for beat in reversed(self.beats) if beat.instance_id == instance_id), None)
+
+    async def until_beat(
+        self, accept: Callable[[pb.HeartbeatRequest], Any], instance_id: str = "engine-1"
+    ) -> pb.HeartbeatRequest:
+        """Wait until the last beat of an engine is acceptable, and return it."""
+
+        def check() -> pb.HeartbeatRequest | None:
+            beat = self.last_beat(instance_id)
+            return beat if beat is not None and accept(beat) else None
+
+        found: pb.HeartbeatRequest = await self.until(check)
+        return found
 
     @property
     def address(self) -> str:
@@ -165,9 +192,10 @@ class ControlPlane(Recorder, fleet_service_pb2_grpc.FleetServiceServicer):
         self.registrations.append(request)
         self.peers.append(context.peer())
         self.changed()
-        if self.register_failure is not None:
-            await fail(context, *self.register_failure)
-        response = pb.RegisterInstanceResponse()
+        failure = self.register_failure or self.refused_instance_ids.get(request.spec.instance_id)
+        if failure is not None:
+            await fail(context, *failure)
+        response = pb.RegisterInstanceResponse(lease_token=b"token %d" % len(self.registrations))
         response.lease_duration.FromMilliseconds(int(self.lease_s * 1000))
         response.heartbeat_interval.FromMilliseconds(int(self.interval_s * 1000))
         return response
@@ -191,9 +219,10 @@ class ControlPlane(Recorder, fleet_service_pb2_grpc.FleetServiceServicer):
                     instance_id=beat.instance_id,
                     acknowledged_sequence=beat.sequence,
                     desired_state=self.desired_state,
-                    abort_request_ids=self.abort_request_ids,
+                    abort_request_ids=self.take_abort_request_ids(beat.instance_id),
+                    sleep_level=self.sleep_level,
+                    desired_lora_adapters=self.adapters,
                 )
-                self.abort_request_ids = []
                 response.next_interval.FromMilliseconds(int(self.interval_s * 1000))
                 await context.write(response)
 

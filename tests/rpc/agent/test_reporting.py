@@ -116,6 +116,8 @@ async def test_beats_carry_the_gauges(start: Start, control_plane: ControlPlane)
         preemption_count=2,
         finished_request_count=25,
         sleeping=False,
+        max_key_value_cache_usage=1.0,
+        loaded_lora_adapters=["adapter"],
     )
     assert bool(beat.gpus) != bool(beat.gpu_absent_reason)
     assert not beat.goodbye
@@ -173,7 +175,7 @@ async def test_an_engine_that_cannot_abort_is_reported_once(
     log: Log,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine_probe, "_ABORT_PATHS", ("/inference/v1/abort_requests",))
+    monkeypatch.setattr(engine_probe, "ABORT_PATHS", ("/inference/v1/abort_requests",))
     start()
     for _ in range(3):
         beat_count = len(control_plane.beats)
