@@ -132,6 +132,69 @@ class TlsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConsoleConfig:
+    """The web console on the port of the metrics.
+
+    Attributes:
+        enabled: Whether the port has a console, beside the metrics.
+        actions: Whether one may drain, resume and change the policy from it, and not only
+            look. Only where nobody but this machine can reach the port: it knows no users.
+        interval_s: Between two pictures that viewers are sent.
+        max_viewer_count: Most pages that may be open at once.
+    """
+
+    enabled: bool = True
+    actions: bool = False
+    interval_s: float = 1.0
+    max_viewer_count: int = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracingConfig:
+    """Traces of requests over OpenTelemetry. Needs the extra ``otel``.
+
+    Attributes:
+        otlp_endpoint: URL of a collector's OTLP port for gRPC, such as
+            ``http://127.0.0.1:4317``; ``https`` uses TLS. Empty: no traces.
+        sample_ratio: Share of requests to trace, 0 to 1, of those whose caller
+            did not decide; a caller's own trace context decides for its requests.
+        service_name: What traces call this control plane.
+        export_timeout_s: How long a batch may take to be sent.
+    """
+
+    otlp_endpoint: str = ""
+    sample_ratio: float = 1.0
+    service_name: str = "sagecp"
+    export_timeout_s: float = 10.0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether requests are traced."""
+        return bool(self.otlp_endpoint)
+
+    def violations(self) -> list[FieldViolation]:
+        """Return what is wrong with it."""
+        found = []
+        if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
+            found.append(
+                FieldViolation(
+                    "tracing.otlp_endpoint",
+                    f"{self.otlp_endpoint!r} is not a URL; give http or https, a host and a port, "
+                    "such as http://127.0.0.1:4317",
+                )
+            )
+        if not self.sample_ratio <= 1.0:
+            found.append(
+                FieldViolation(
+                    "tracing.sample_ratio", f"is {self.sample_ratio:g}; must be 0 to 1, it is a share"
+                )
+            )
+        if not self.service_name:
+            found.append(FieldViolation("tracing.service_name", "is empty; give one, or leave it out"))
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """Everything `sagecp serve` needs.
 
@@ -139,8 +202,8 @@ class ServerConfig:
         listen: Host and port; port 0 takes a free one. Only loopback unless
             TLS is on or ``insecure_listen`` is set.
         insecure_listen: Allow plaintext on an address that others can reach.
-        metrics_listen: Host and port of the Prometheus endpoint; empty: none. Only
-            loopback unless ``insecure_listen`` is set: it is plain HTTP.
+        metrics_listen: Host and port of the Prometheus endpoint and the web console; empty:
+            none. Only loopback unless ``insecure_listen`` is set: it is plain HTTP.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
         log_format: ``json``, ``console`` or ``auto``.
         max_message_bytes: Largest message accepted.
@@ -161,6 +224,8 @@ class ServerConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     journal: JournalConfig = field(default_factory=JournalConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
+    console: ConsoleConfig = field(default_factory=ConsoleConfig)
 
     def validate(self) -> ServerConfig:
         """Return self if every setting is usable.
@@ -188,6 +253,14 @@ class ServerConfig:
                         "listen on 127.0.0.1, or accept the risk with --insecure-listen",
                     )
                 )
+            if host and not is_loopback(host) and self.console.actions:
+                violations.append(
+                    FieldViolation(
+                        "console.actions",
+                        f"would let everybody who reaches {self.metrics_listen} act; let it listen on 127.0.0.1, "
+                        "or leave actions off",
+                    )
+                )
         if bool(self.tls.certificate_file) != bool(self.tls.private_key_file):
             violations.append(
                 FieldViolation("tls", "a certificate and its private key go together; give both")
@@ -207,9 +280,12 @@ class ServerConfig:
             ("scheduler.", self.scheduler),
             ("scheduler.health.", self.scheduler.health),
             ("journal.", self.journal),
+            ("tracing.", self.tracing),
+            ("console.", self.console),
         ):
             violations += _check_numbers(prefix, section)
         violations += _check_journal(self.journal, self.max_message_bytes)
+        violations += self.tracing.violations()
         violations += [
             FieldViolation(f"scheduler.queue_shares.{each.field}", each.description)
             for each in self.scheduler.queue_shares.violations()
@@ -244,6 +320,7 @@ _ZERO_ALLOWED = {
     "output_retention_s",
     "max_output_bytes",
     "ballast_bytes",
+    "sample_ratio",
 }
 
 

@@ -23,6 +23,7 @@ from sagecp.client.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from sagecp.client.event_watch import WatchedEvent
 from sagecp.client.retry import NO_RETRY, RetryPolicy
 from sagecp.client.streaming import TokenStream
 from sagecp.client.values import (
@@ -72,4 +73,5 @@ __all__ = [
     "TokenStream",
     "UnavailableError",
     "UnsupportedError",
+    "WatchedEvent",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -12,6 +12,8 @@ from google.protobuf.duration_pb2 import Duration
 from sagecp.client import convert
 from sagecp.client.connection import DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Connection
 from sagecp.client.errors import StreamLostError, invalid_argument
+from sagecp.client.event_watch import WatchedEvent, watch_events
+from sagecp.client.metrics_watch import watch_metrics
 from sagecp.client.requests import request_spec
 from sagecp.client.retry import RetryPolicy
 from sagecp.client.streaming import EventStream, TokenStream
@@ -28,7 +30,9 @@ from sagecp.client.values import (
     Submitted,
     TlsOptions,
 )
+from sagecp.core.engine_state import LoraAdapter
 from sagecp.core.errors import FieldViolation
+from sagecp.core.fleet_event import EventKind, EventSeverity, FleetEvent
 from sagecp.core.types import (
     ControlPlaneStatus,
     ExecutionInstance,
@@ -39,12 +43,15 @@ from sagecp.core.types import (
 )
 from sagecp.v1 import (
     admin_service_pb2,
+    event_pb2,
     fleet_service_pb2,
     inference_service_pb2,
     instance_pb2,
     metrics_pb2,
     request_pb2,
 )
+from sagecp.wire.engine import adapters_to_proto
+from sagecp.wire.events import event_from_proto
 from sagecp.wire.times import seconds_of
 
 _PAGE_SIZE = 200
@@ -361,14 +368,82 @@ class SageClient:
         )
         return convert.instance(response.instance)
 
+    async def sleep_instance(
+        self,
+        instance_id: str,
+        *,
+        wake: bool = False,
+        level: int = 1,
+        grace_s: float | None = None,
+        force: bool = False,
+        incarnation: int = 0,
+        cause: str = "",
+    ) -> Instance:
+        """Drain an instance and have its engine sleep, so that its GPU memory is free; or undo that.
+
+        Args:
+            instance_id: The instance.
+            wake: Wake up, and take work again.
+            level: 1: weights go to the host's memory. 2: weights are dropped.
+            grace_s: As for :meth:`drain_instance`; the rest likewise.
+            force: See ``grace_s``.
+            incarnation: See ``grace_s``.
+            cause: See ``grace_s``.
+
+        Raises:
+            NotFoundError: It is not registered.
+            ConflictError: The engine cannot sleep (``ILLEGAL_STATE``), the rest of the fleet could
+                not carry the load (``DRAIN_REFUSED``), or a newer incarnation is registered.
+            InvalidArgumentError: A value does not fit its field.
+        """
+        query = fleet_service_pb2.SleepInstanceRequest(
+            instance_id=instance_id,
+            wake=wake,
+            level=0 if wake else level,
+            force=force,
+            incarnation=incarnation,
+            cause=cause,
+        )
+        if grace_s is not None:
+            query.grace_period.CopyFrom(_given_duration("grace_period", grace_s))
+        response = await self.connection.unary(self.connection.fleet.SleepInstance, query)
+        return convert.instance(response.instance)
+
+    async def set_lora_adapters(self, instance_id: str, adapters: Iterable[LoraAdapter] | None) -> Instance:
+        """Say which LoRA adapters an engine should have loaded; its agent sees to it.
+
+        Args:
+            instance_id: The instance.
+            adapters: All of them, others are unloaded; ``None``: the order that there was ends,
+                and what is loaded stays.
+
+        Raises:
+            NotFoundError: It is not registered.
+            ConflictError: The engine cannot load any while it runs.
+            InvalidArgumentError: A value does not fit its field.
+        """
+        query = fleet_service_pb2.SetLoraAdaptersRequest(instance_id=instance_id)
+        if adapters is not None:
+            query.adapters.CopyFrom(adapters_to_proto(tuple(adapters)))
+        response = await self.connection.unary(self.connection.fleet.SetLoraAdapters, query)
+        return convert.instance(response.instance)
+
     async def list_instances(
-        self, *, states: Iterable[InstanceState] = (), model: str = "", page_size: int = _PAGE_SIZE
+        self,
+        *,
+        states: Iterable[InstanceState] = (),
+        model: str = "",
+        host_id: str = "",
+        labels: Mapping[str, str] | None = None,
+        page_size: int = _PAGE_SIZE,
     ) -> AsyncIterator[Instance]:
         """Yield the fleet by instance id, page after page as they are needed."""
         query = fleet_service_pb2.ListInstancesRequest(
             page_size=page_size,
             states=[instance_pb2.InstanceState.ValueType(state.value) for state in states],
             model=model,
+            host_id=host_id,
+            labels=labels,
         )
         while True:
             page = await self.connection.unary(self.connection.fleet.ListInstances, query)
@@ -400,25 +475,94 @@ class SageClient:
             tenant_id: See ``model``.
             priority: See ``model``.
         """
-        query = admin_service_pb2.GetMetricsRequest(model=model, instance_id=instance_id, tenant_id=tenant_id)
-        if window_s is not None:
-            query.window.CopyFrom(_given_duration("window", window_s))
-        if group_by:
-            name = f"METRICS_DIMENSION_{group_by.upper()}"
-            with contextlib.suppress(ValueError):
-                query.group_by = metrics_pb2.MetricsDimension.Value(name)
-            if not query.group_by:
-                raise invalid_argument(
-                    [
-                        FieldViolation(
-                            "group_by", f"is {group_by!r}; choose model, instance, tenant or priority"
-                        )
-                    ]
-                )
-        if priority is not None:
-            query.priority = request_pb2.RequestPriority.ValueType(priority.value)
+        query = _metrics_query(window_s, group_by, model, instance_id, tenant_id, priority)
         response = await self.connection.unary(self.connection.admin.GetMetrics, query)
         return convert.metrics(response.snapshot)
+
+    def watch_metrics(
+        self,
+        *,
+        interval_s: float = 5.0,
+        window_s: float | None = None,
+        group_by: str = "",
+        model: str = "",
+        instance_id: str = "",
+        tenant_id: str = "",
+        priority: RequestPriority | None = None,
+    ) -> AsyncGenerator[Metrics]:
+        """Yield how the fleet does at every interval, for ever; a lost connection is made again.
+
+        Who takes longer than the interval misses what would have come meanwhile.
+
+        Args:
+            interval_s: How often, at least 0.1.
+            window_s: As for :meth:`get_metrics`; the rest likewise.
+            group_by: See ``window_s``.
+            model: See ``window_s``.
+            instance_id: See ``window_s``.
+            tenant_id: See ``window_s``.
+            priority: See ``window_s``.
+
+        Raises:
+            ClientError: The call was refused, or the control plane is away for too long.
+        """
+        query = admin_service_pb2.WatchMetricsRequest(
+            query=_metrics_query(window_s, group_by, model, instance_id, tenant_id, priority),
+            interval=_given_duration("interval", interval_s),
+        )
+        return watch_metrics(self.connection, query)
+
+    async def list_events(
+        self,
+        *,
+        min_severity: EventSeverity | None = None,
+        kinds: Iterable[EventKind] = (),
+        instance_id: str = "",
+        page_size: int = _PAGE_SIZE,
+    ) -> AsyncIterator[FleetEvent]:
+        """Yield what happened of late, newest first, page after page as they are needed.
+
+        Args:
+            min_severity: This one and above; ``None``: all.
+            kinds: Only these; empty: all.
+            instance_id: Only of this instance; ``""``: all.
+            page_size: Events per call.
+        """
+        query = admin_service_pb2.ListEventsRequest(
+            page_size=page_size, filter=_event_filter(min_severity, kinds, instance_id)
+        )
+        while True:
+            page = await self.connection.unary(self.connection.admin.ListEvents, query)
+            for message in page.events:
+                yield event_from_proto(message)
+            if not page.next_page_token:
+                return
+            query.page_token = page.next_page_token
+
+    def watch_events(
+        self,
+        *,
+        after_sequence: int | None = None,
+        min_severity: EventSeverity | None = None,
+        kinds: Iterable[EventKind] = (),
+        instance_id: str = "",
+    ) -> AsyncGenerator[WatchedEvent]:
+        """Yield what happens, for ever; a lost connection is made again.
+
+        Args:
+            after_sequence: Begin with what happened since this number, as far as it is kept;
+                ``None``: with what happens from now on.
+            min_severity: As for :meth:`list_events`; the rest likewise.
+            kinds: See ``min_severity``.
+            instance_id: See ``min_severity``.
+
+        Raises:
+            ClientError: The call was refused, or the control plane is away for too long.
+        """
+        query = admin_service_pb2.WatchEventsRequest(
+            after_sequence=after_sequence, filter=_event_filter(min_severity, kinds, instance_id)
+        )
+        return watch_events(self.connection, query)
 
     async def get_status(self) -> ControlPlaneStatus:
         """Return the state of the control plane."""
@@ -426,6 +570,43 @@ class SageClient:
             self.connection.admin.GetStatus, admin_service_pb2.GetStatusRequest()
         )
         return convert.control_plane_status(response)
+
+
+def _event_filter(
+    min_severity: EventSeverity | None, kinds: Iterable[EventKind], instance_id: str
+) -> admin_service_pb2.EventFilter:
+    severity = event_pb2.EVENT_SEVERITY_UNSPECIFIED
+    if min_severity is not None:
+        severity = event_pb2.EventSeverity.ValueType(min_severity.value)
+    return admin_service_pb2.EventFilter(
+        min_severity=severity,
+        kinds=[event_pb2.EventKind.ValueType(kind.value) for kind in kinds],
+        instance_id=instance_id,
+    )
+
+
+def _metrics_query(
+    window_s: float | None,
+    group_by: str,
+    model: str,
+    instance_id: str,
+    tenant_id: str,
+    priority: RequestPriority | None,
+) -> admin_service_pb2.GetMetricsRequest:
+    query = admin_service_pb2.GetMetricsRequest(model=model, instance_id=instance_id, tenant_id=tenant_id)
+    if window_s is not None:
+        query.window.CopyFrom(_given_duration("window", window_s))
+    if group_by:
+        name = f"METRICS_DIMENSION_{group_by.upper()}"
+        with contextlib.suppress(ValueError):
+            query.group_by = metrics_pb2.MetricsDimension.Value(name)
+        if not query.group_by:
+            raise invalid_argument(
+                [FieldViolation("group_by", f"is {group_by!r}; choose model, instance, tenant or priority")]
+            )
+    if priority is not None:
+        query.priority = request_pb2.RequestPriority.ValueType(priority.value)
+    return query
 
 
 def _given_duration(field: str, seconds: float) -> Duration:

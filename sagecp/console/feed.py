@@ -151,13 +151,13 @@ class ConsoleFeed:
             viewer.offer(message)
 
     async def _make_rows(self) -> dict[str, dict[str, Any]]:
-        wall_time = self._manager.wall_time
+        wall_time, now = self._manager.wall_time, self._manager.now()
         rows: dict[str, dict[str, Any]] = {}
         for number, record in enumerate(self._manager.instances()):
             if number % _ROWS_PER_SLICE == _ROWS_PER_SLICE - 1:
                 # Tokens must not wait for a page.
                 await asyncio.sleep(0)
-            rows[record.instance_id] = instance_row(record, wall_time)
+            rows[record.instance_id] = instance_row(record, wall_time, now)
         return dict(sorted(rows.items()))
 
     def _make_picture(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from sagecp.core.fleet_event import FleetEvent
 from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.placement import CandidateRow
+from sagecp.core.prediction.learned import learned_performance
 from sagecp.core.types import (
     ControlPlaneStatus,
     DurationQuantiles,
@@ -21,9 +22,10 @@ WallTime = Callable[[float], float]
 """Turns a time on the core's clock into Unix seconds."""
 
 
-def instance_row(record: InstanceRecord, wall_time: WallTime) -> dict[str, Any]:
+def instance_row(record: InstanceRecord, wall_time: WallTime, now: float) -> dict[str, Any]:
     """Return one instance. Says only what changes when the instance does: no ages."""
     spec, gauges = record.spec, record.gauges
+    learned = learned_performance(record.load, now)
     return {
         "id": record.instance_id,
         "state": record.state.name,
@@ -42,7 +44,8 @@ def instance_row(record: InstanceRecord, wall_time: WallTime) -> dict[str, Any]:
         "sleeping": bool(gauges and gauges.sleeping),
         "ttft_s": _rounded(record.ttft_estimate_s, 4),
         "tpot_s": _rounded(record.tpot_estimate_s, 5),
-        "slowdown": None,
+        # So coarse that it does not change all the time.
+        "slowdown": None if learned is None else _rounded(learned.slowdown, 1),
         "gpus": [
             {
                 "index": gpu.index,

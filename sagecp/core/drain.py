@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.drain_order import DrainOrder
+from sagecp.core.engine_orders import check_capability
+from sagecp.core.engine_state import EngineCapability
 from sagecp.core.errors import DrainRefusedError, ErrorReason, Failure
 from sagecp.core.failover import ending_of
 from sagecp.core.fleet import Fleet
@@ -53,23 +55,33 @@ class DrainBook:
         grace time counts from the request, none lets what runs there run to its end.
         Force stays. To undo what was not ordered changes nothing.
 
+        To undo it is to want work done there: what is wrong with its GPUs by then is taken
+        note of, and keeps it out no more. An order to sleep is undone only as such, or
+        with the drain as a whole.
+
         Raises:
             InstanceNotFoundError: It is not registered, or was not with this newer incarnation.
             StaleIncarnationError: A newer incarnation is registered.
+            IllegalOrderError: Its engine cannot sleep.
             DrainRefusedError: The rest of the fleet could not carry the load.
         """
         record = self._fleet.get(event.instance_id, event.incarnation)
         order = record.drain
         if event.undo:
-            if order is not None:
+            if order is not None and order.sleep_level >= event.sleep_level:
                 record.drain = None
+                record.gpu_watch.accept()
+                self._instances.health.judge_gpus(record)
                 self._instances.end_drain(record, now, effects)
             return
+        if event.sleep_level:
+            check_capability(record.spec, record.incarnation, EngineCapability.SLEEP)
         if order is None:
             missing = () if event.force else shortfalls(record, self._fleet, self._queue, now)
             if missing:
                 raise DrainRefusedError(event.instance_id, missing)
             order = record.drain = DrainOrder(now)
+        order.sleep_level = event.sleep_level
         order.forced = order.forced or event.force
         order.cause = event.cause or order.cause
         if event.grace_s != order.grace_s:
@@ -77,7 +89,8 @@ class DrainBook:
             order.grace_end_s = None if event.grace_s is None else now + event.grace_s
             self._look_again(record, order, order.grace_end_s)
         cause = f": {order.cause}" if order.cause else ""
-        self._instances.start_drain(record, f"drain requested{cause}", effects)
+        what = "sleep" if event.sleep_level else "drain"
+        self._instances.start_drain(record, f"{what} requested{cause}", effects)
         self.advance(now, effects)
 
     def advance(self, now: float, effects: list[fx.Effect]) -> None:

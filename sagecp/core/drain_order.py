@@ -21,6 +21,8 @@ class DrainOrder:
         moved_request_count: Requests that went on elsewhere.
         asked_request_ids: Requests whose move was asked for; those that cannot go on elsewhere
             run on all the same. Never more than what ran there when the drain began.
+        sleep_level: Its engine sleeps once it is drained: 1 keeps the weights in the host's memory,
+            2 drops them; 0: it stays awake.
         next_move_s: When there may be something to move; ``None``: nothing will be.
     """
 
@@ -32,3 +34,4 @@ class DrainOrder:
     moved_request_count: int = 0
     asked_request_ids: set[str] = field(default_factory=set)
     next_move_s: float | None = None
+    sleep_level: int = 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sagecp.core.engine_state import EngineProcess
 from sagecp.core.errors import Failure, SageError
+from sagecp.core.gpu import GpuFault
 from sagecp.core.policy_replay import PolicyReplay
 from sagecp.core.request import RequestRecord
 from sagecp.core.settings import SchedulingSettings
@@ -105,6 +107,59 @@ class InstanceRemoved:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuFaultBegan:
+    """A GPU of an instance has a fault, or it became worse.
+
+    Attributes:
+        outcome: ``"out"``: the instance is out of the rotation for it; ``""``: that
+            is not called for; else why it stays in all the same.
+    """
+
+    instance_id: str
+    fault: GpuFault
+    outcome: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFaultCleared:
+    """A GPU's fault is over."""
+
+    instance_id: str
+    fault: GpuFault
+
+
+@dataclass(frozen=True, slots=True)
+class EngineProcessChanged:
+    """The process of a supervised engine ended, was started, or is well."""
+
+    instance_id: str
+    previous: EngineProcess | None
+    process: EngineProcess
+
+
+@dataclass(frozen=True, slots=True)
+class ClockSkewChanged:
+    """The clocks of an agent and of the control plane came apart, or together again.
+
+    Attributes:
+        offset_s: How far the agent's is ahead.
+        skewed: Whether they are far apart.
+    """
+
+    instance_id: str
+    offset_s: float
+    skewed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OrderTroubled:
+    """An agent could not carry out what its instance was told to do."""
+
+    instance_id: str
+    trouble: str
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeEngine:
     """Ask the engine for one token, and answer with :class:`~sagecp.core.events.EngineProbed`.
 
@@ -158,6 +213,11 @@ Effect = (
     | RequestEnded
     | InstanceChanged
     | InstanceRemoved
+    | GpuFaultBegan
+    | GpuFaultCleared
+    | EngineProcessChanged
+    | ClockSkewChanged
+    | OrderTroubled
     | ProbeEngine
     | FailStaticChanged
     | SettingsChanged

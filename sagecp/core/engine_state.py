@@ -121,3 +121,20 @@ class LearnedPerformance:
     prefill_tokens_per_second: float
     ttft_s: float
     prefill_request_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvCacheUpdate:
+    """What changed in an engine's prefix cache, by the hashes of blocks as digests of token ids have them.
+
+    Attributes:
+        sequence: Number of the update since the last reset, which has 1.
+        reset: Whatever was known before is void.
+        stored_block_hashes: Blocks that it has now, each after those that it builds on.
+        removed_block_hashes: Blocks that it has no more, each after those that build on it.
+    """
+
+    sequence: int
+    reset: bool = False
+    stored_block_hashes: tuple[int, ...] = ()
+    removed_block_hashes: tuple[int, ...] = ()

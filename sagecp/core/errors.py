@@ -262,6 +262,18 @@ class IllegalTransitionError(SageError):
         self.target = target
 
 
+class IllegalOrderError(SageError):
+    """An instance cannot be told to do this; says why, and what can be done instead."""
+
+    reason = ErrorReason.ILLEGAL_STATE
+
+
+class PermissionDeniedError(SageError):
+    """The caller is not the one that it says it is."""
+
+    reason = ErrorReason.PERMISSION_DENIED
+
+
 class TokenIndexOutOfRangeError(SageError):
     """The stream position asked for does not exist."""
 

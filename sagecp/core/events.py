@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sagecp.core.engine_state import EngineProcess, KvCacheUpdate, LoraAdapter
 from sagecp.core.errors import Failure
 from sagecp.core.policy_replay import PolicyScore
 from sagecp.core.settings import SettingsChange
@@ -73,10 +74,18 @@ class RequestAborted:
 
 @dataclass(frozen=True, slots=True)
 class AttemptProgressed:
-    """The first output of an attempt arrived."""
+    """The first output of an attempt arrived.
+
+    Attributes:
+        prompt_token_count: Tokens of the prompt as the engine reads it; 0: it did not say,
+            or nobody needs to know.
+        prompt_block_hashes: The blocks of those tokens, as digests of token ids have them.
+    """
 
     request_id: str
     epoch: int
+    prompt_token_count: int = 0
+    prompt_block_hashes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,7 @@ class AttemptSucceeded:
         output_token_count: Tokens produced, over all choices.
         prompt_token_count: As the engine counted it; ``None``: unknown.
         cached_prompt_token_count: Prompt tokens that the engine had cached; ``None``: unknown.
+        finish_reasons: Of every choice, as the engine said.
     """
 
     request_id: str
@@ -94,6 +104,7 @@ class AttemptSucceeded:
     output_token_count: int = 0
     prompt_token_count: int | None = None
     cached_prompt_token_count: int | None = None
+    finish_reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +141,30 @@ class InstanceRegistered:
     Attributes:
         incarnation: 0: no agent, no lease; its health is probed.
         condition: What is known of its engine.
+        agent_version: ``""``: unknown, or there is no agent.
     """
 
     instance: ExecutionInstance
     incarnation: int = 0
     condition: EngineCondition = EngineCondition.UNKNOWN
+    agent_version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceRestored:
-    """An instance that was registered before a restart: its agent, if it has one, must come back."""
+    """An instance that was registered before a restart: its agent, if it has one, must come back.
+
+    Attributes:
+        draining: There is an order to drain it.
+        sleep_level: Its engine is to sleep then; 0: it is not.
+        lora_adapters: What it was told to have loaded; ``None``: nothing.
+    """
 
     instance: ExecutionInstance
     incarnation: int = 0
     draining: bool = False
+    sleep_level: int = 0
+    lora_adapters: tuple[LoraAdapter, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +178,17 @@ class InstanceDeregistered:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatReceived:
-    """An agent reported. ``gauges`` ``None``: the engine's metrics could not be read."""
+    """An agent reported.
+
+    Attributes:
+        gauges: ``None``: the engine's metrics could not be read.
+        process: The engine's process; ``None``: the agent does not supervise it.
+        order_trouble: What an order came to that did not work; ``""``: all work.
+        agent_time_s: Time of the agent's clock, in Unix seconds; ``None``: unknown.
+        clock_offset_s: How far that was ahead of ours when the report came.
+        refusals: What of the report was no possible value and was left out, a clause each.
+        kv_cache_update: What changed in the engine's prefix cache; ``None``: nothing, or it does not tell.
+    """
 
     instance_id: str
     incarnation: int
@@ -166,6 +197,20 @@ class HeartbeatReceived:
     gauges: EngineGauges | None = None
     gpus: tuple[GpuReading, ...] = ()
     gpu_absent_reason: str = ""
+    process: EngineProcess | None = None
+    order_trouble: str = ""
+    agent_time_s: float | None = None
+    clock_offset_s: float | None = None
+    refusals: tuple[str, ...] = ()
+    kv_cache_update: KvCacheUpdate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatRefused:
+    """A report of an instance was refused. ``why`` is for a person."""
+
+    instance_id: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +254,8 @@ class DrainRequested:
         grace_s: After this time, what still runs there is moved; ``None``: never.
         force: Even if the rest of the fleet could not carry the load.
         cause: Why, for the record.
+        sleep_level: Have its engine sleep once it is drained: 1 keeps the weights in the
+            host's memory, 2 drops them; 0: it stays awake.
     """
 
     instance_id: str
@@ -217,6 +264,15 @@ class DrainRequested:
     grace_s: float | None = None
     force: bool = False
     cause: str = ""
+    sleep_level: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAdaptersRequested:
+    """An operator says which LoRA adapters an engine should have; ``None``: nothing any more."""
+
+    instance_id: str
+    adapters: tuple[LoraAdapter, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,10 +318,12 @@ Event = (
     | InstanceRestored
     | InstanceDeregistered
     | HeartbeatReceived
+    | HeartbeatRefused
     | HealthProbed
     | EngineSilent
     | EngineProbed
     | DrainRequested
+    | LoraAdaptersRequested
     | SchedulingConfigured
     | PoliciesEvaluated
     | ClockSkipped

@@ -66,7 +66,7 @@ def restored_record(restored: RestoredRequest, sequence: int) -> RequestRecord:
         restored.metadata, restored.model, sequence, restored.arrival_s, restored.size_bytes
     )
     record.epoch = restored.epoch
-    record.excluded_instance_ids.update(restored.lost_instance_ids)
+    record.excluded_instance_ids |= frozenset(restored.lost_instance_ids)
     record.lost_attempt_count = restored.lost_attempt_count
     record.engine_kill_count = restored.engine_kill_count
     record.has_output = restored.has_output

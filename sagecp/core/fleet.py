@@ -116,6 +116,11 @@ class Fleet:
     def __iter__(self) -> Iterator[InstanceRecord]:
         return iter(self._instances.values())
 
+    def holders(self) -> Iterator[InstanceRecord]:
+        """Return the records that count what runs on instances, be they registered or not."""
+        yield from self._instances.values()
+        yield from self._departed.values()
+
     def find(self, instance_id: str) -> InstanceRecord | None:
         """Return an instance, or ``None``."""
         return self._instances.get(instance_id)
@@ -345,7 +350,9 @@ class Fleet:
             self._unlink(previous)
         load = InstanceLoad(self._book.kind_of(spec), now)
         health = InstanceHealth(self._health_limits)
-        record = InstanceRecord(spec, incarnation, now, self._default_limit, load, health)
+        record = InstanceRecord(
+            spec, incarnation, now, self._default_limit, load, health, self._health_limits
+        )
         self.membership_version += 1
         earlier = previous or self._departed.pop(spec.instance_id, None)
         if earlier is not None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import replace
 
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.errors import ErrorReason, Failure
 from sagecp.core.fleet import Fleet
+from sagecp.core.gpu import GpuFault
+from sagecp.core.gpu_faults import NO_CHANGES
 from sagecp.core.health_limits import HealthLimits
 from sagecp.core.instance_health import Outage
 from sagecp.core.instance_record import InstanceRecord
@@ -66,7 +69,7 @@ class HealthBook:
             return
         if not health.note_failure(now, delivering=request.delivered):
             return
-        obstacle = self._why_not_ejected(instance)
+        obstacle = self._why_stays_in(instance)
         if obstacle:
             instance.state_reason = (
                 f"{health.failure_count} attempts in a row failed, the last with {failure.reason.name}; "
@@ -77,21 +80,72 @@ class HealthBook:
         self._watch(instance)
         self._bar(instance, health.why, now, effects)
 
-    def _why_not_ejected(self, instance: InstanceRecord) -> str:
+    def _why_stays_in(self, instance: InstanceRecord) -> str:
         """Return what speaks against one instance less, or ``""``."""
         share = self._limits.max_ejected_share
         for model in instance.spec.served_models:
-            ready_count = self._fleet.ready_count(model)
-            if ready_count < 2:
+            ready_count = out_count = 0
+            for each in self._fleet.serving(model):
+                if each is instance:
+                    continue
+                ready_count += each.state is InstanceState.READY
+                out_count += each.health.is_out and each.state is InstanceState.UNHEALTHY
+            if not ready_count:
                 return f"no other READY instance serves {model!r}"
-            out_count = sum(
-                each.health.outage is not None and each.state is InstanceState.UNHEALTHY
-                for each in self._fleet.serving(model)
-            )
-            count = ready_count + out_count
-            if out_count + 1 > max(1, int(share * count)):
+            count = ready_count + out_count + 1
+            if not instance.health.is_out and out_count + 1 > max(1, int(share * count)):
                 return f"{out_count} of {count} instances for {model!r} are out, of at most {share:.0%}"
         return ""
+
+    # -- GPUs ----------------------------------------------------------------------
+
+    def note_gpus(
+        self, record: InstanceRecord, event: ev.HeartbeatReceived, now: float, effects: list[fx.Effect]
+    ) -> bool:
+        """An agent reported its GPUs; return whether its instance may work again.
+
+        A GPU that is broken takes its instance out of the rotation; what runs there runs
+        on. No more instances of a model are taken out than for failures, and never the
+        last one: it stays in, and is taken out as soon as there is another. One that is
+        out comes back when nothing is wrong any more, when an operator took note of it, or
+        when nobody else is left.
+        """
+        changes = record.gpu_watch.note(
+            event.gpus,
+            record.spec.gpu_devices,
+            now,
+            readable=bool(event.gpus) or not event.gpu_absent_reason,
+            agent_time_s=event.agent_time_s,
+        )
+        if changes is NO_CHANGES and not record.gpu_faults:
+            return False
+        was_out = bool(record.health.gpu_fault)
+        self.judge_gpus(record)
+        out = record.health.gpu_fault
+        name = record.instance_id
+        effects += [fx.GpuFaultBegan(name, each, self._outcome(record, each)) for each in changes.began]
+        effects += [fx.GpuFaultCleared(name, each) for each in changes.cleared]
+        if out and record.state is InstanceState.READY:
+            self._bar(record, out, now, effects)
+        return was_out and not out
+
+    def judge_gpus(self, record: InstanceRecord) -> None:
+        """Decide whether what is wrong with an instance's GPUs keeps it out."""
+        health = record.health
+        why = record.gpu_watch.why_not()
+        obstacle = self._why_stays_in(record) if why else ""
+        health.gpu_fault = "" if obstacle else why
+        health.gpu_warning = f"{why}; not taken out: {obstacle}" if obstacle else ""
+        record.gpu_faults = tuple(
+            replace(each, quarantines=each.quarantines and not obstacle) for each in record.gpu_watch.faults
+        )
+
+    @staticmethod
+    def _outcome(record: InstanceRecord, fault: GpuFault) -> str:
+        """Return what follows from a fault, in words; ``""``: nothing."""
+        if not fault.quarantines:
+            return ""
+        return record.health.gpu_warning.partition("; not taken out: ")[2] or "out"
 
     # -- stalls ------------------------------------------------------------------
 

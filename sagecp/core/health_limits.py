@@ -32,6 +32,10 @@ class HealthLimits:
         fail_static_share: When this part of the leases ends together, instances stay
             where they are.
         fail_static_instance_count: In fewer instances than this, that says nothing.
+        gpu_fault_clear_s: What is wrong with a GPU must be gone for so long to be over.
+        gpu_throttle_s: A GPU whose clocks are reduced for so long, for heat or want of
+            power, has a fault.
+        gpu_missing_beat_count: A GPU that is in so many heartbeats in a row no more is gone.
     """
 
     failure_limit: int = 5
@@ -47,6 +51,9 @@ class HealthLimits:
     quiet_s: float = 60.0
     fail_static_share: float = 0.55
     fail_static_instance_count: int = 3
+    gpu_fault_clear_s: float = 60.0
+    gpu_throttle_s: float = 30.0
+    gpu_missing_beat_count: int = 3
 
     def violations(self) -> list[FieldViolation]:
         """Return what is wrong with them beyond the signs of single numbers."""

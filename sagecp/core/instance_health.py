@@ -44,6 +44,9 @@ class InstanceHealth:
         ejection_count: Ejections in a row; goes down with every ``base_ejection_s`` in rotation.
         probe_s: When the next probe is due; infinite: none is.
         asked_attempts: Attempts (request id, epoch) whose interruption was asked for in this outage.
+        gpu_fault: What is wrong with its GPUs, where it is out for that; ``""``: it is not. Beside
+            the outage, because no probe ends it: an engine may answer on a GPU that is broken.
+        gpu_warning: The same where it stays in all the same, with the reason for that.
     """
 
     __slots__ = (
@@ -58,6 +61,8 @@ class InstanceHealth:
         "asked_attempts",
         "ejection_count",
         "failure_count",
+        "gpu_fault",
+        "gpu_warning",
         "outage",
         "probe_s",
         "probing",
@@ -73,6 +78,8 @@ class InstanceHealth:
         self.probe_s = math.inf
         self.probing = False
         self.asked_attempts: set[tuple[str, int]] = set()
+        self.gpu_fault = ""
+        self.gpu_warning = ""
         self._failure_s = -math.inf
         self._return_s = -math.inf
         self._success_count = 0
@@ -81,6 +88,11 @@ class InstanceHealth:
         # What was shown before and after probes were answered: it says nothing of the engine.
         self._stale_gauges: tuple[object, ...] | None = None
         self._progress_s = -math.inf
+
+    @property
+    def is_out(self) -> bool:
+        """Whether it may not work."""
+        return self.outage is not None or bool(self.gpu_fault)
 
     # -- failures ----------------------------------------------------------------
 

@@ -8,6 +8,9 @@ from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.drain_order import DrainOrder
+from sagecp.core.engine_orders import check_capability
+from sagecp.core.engine_state import EngineCapability
+from sagecp.core.errors import StaleIncarnationError
 from sagecp.core.fail_static import FailStatic
 from sagecp.core.fleet import Fleet
 from sagecp.core.health_book import HealthBook
@@ -19,6 +22,7 @@ from sagecp.core.types import EngineCondition, EngineGauges, InstanceState
 
 DISPROOF_S = 1.0
 """A call that found nobody is disproved by a probe that finds somebody within this time."""
+SLEEPS = "its engine sleeps, and takes work when it is awake"
 # Cached tokens to expect of an engine that does not say how many fit.
 UNKNOWN_CAPACITY_TOKENS = 100_000
 
@@ -65,6 +69,7 @@ class InstanceLifecycle:
         if previous is not None and not self._was_restarted(previous, event.incarnation, now):
             previous = None
         record = self._fleet.add(event.instance, event.incarnation, now)
+        record.agent_version = event.agent_version
         if previous is not None:
             self._note_fall(record.instance_id, now)
         record.health.forget_progress(now)
@@ -82,8 +87,9 @@ class InstanceLifecycle:
         """An instance that was registered before a restart is there again, and must show that it lives."""
         self.on_registered(ev.InstanceRegistered(event.instance, event.incarnation), now, effects)
         record = self._fleet.get(event.instance.instance_id)
+        record.desired_lora_adapters = event.lora_adapters
         if event.draining:
-            record.drain = DrainOrder(now)
+            record.drain = DrainOrder(now, sleep_level=event.sleep_level)
             self._drain(record, "the drain goes on", effects)
 
     def on_deregistered(self, event: ev.InstanceDeregistered, now: float, effects: list[fx.Effect]) -> None:
@@ -95,25 +101,80 @@ class InstanceLifecycle:
         effects.append(fx.InstanceRemoved(event.instance_id, event.cause or "deregistered"))
 
     def on_heartbeat(self, event: ev.HeartbeatReceived, now: float, effects: list[fx.Effect]) -> None:
-        """An agent reported."""
+        """An agent reported.
+
+        Raises:
+            InstanceNotFoundError: It is not registered, or was not with this newer incarnation.
+            StaleIncarnationError: A newer incarnation is registered.
+        """
         record = self._fleet.get(event.instance_id, event.incarnation)
+        if event.incarnation != record.incarnation:
+            raise StaleIncarnationError(event.instance_id, event.incarnation, record.incarnation)
         record.heartbeat_s = now
+        self._note_agent(record, event, effects)
         record.gpus = event.gpus
         record.gpu_absent_reason = event.gpu_absent_reason
         if _restarted(record.gauges, event.gauges):
             record.load.forget(now)
             # Closed for the work that the engine has lost.
             self._fleet.open_gate(record)
-            self._expect_empty_cache(record)
+            # Reports of its cache have said so by themselves, and may be ahead of its gauges.
+            self._expect_empty_cache(record, keep_reported=True)
             record.health.forget_progress(now)
+            record.gpu_watch.note_engine_restart()
             self.health.probe_soon(record, now)
         record.follow_gauges(event.gauges)
         self._fleet.settle(record)
         self._fleet.extend_lease(record, now + self._config.lease_duration_s)
         record.keeps_state = False
+        may_return = self.health.note_gpus(record, event, now, effects)
         self._follow_condition(record, event.condition, event.condition_reason, now, effects)
+        if may_return and event.condition is EngineCondition.UNKNOWN:
+            self._settle(record, now, effects)
         self.health.note_gauges(record, event.gauges, now, effects)
         self._fail_static.check(now, effects)
+
+    @staticmethod
+    def _note_agent(record: InstanceRecord, event: ev.HeartbeatReceived, effects: list[fx.Effect]) -> None:
+        """Take what a report says beside the state of engine and GPUs."""
+        name = record.instance_id
+        if record.clock.note(event.clock_offset_s):
+            effects.append(fx.ClockSkewChanged(name, record.clock.offset_s or 0.0, record.clock.skewed))
+        previous, process = record.engine_process, event.process
+        record.engine_process = process
+        if process is not None and (
+            previous is None
+            or previous.state is not process.state
+            or previous.restart_count != process.restart_count
+        ):
+            effects.append(fx.EngineProcessChanged(name, previous, process))
+        if event.order_trouble and event.order_trouble != record.order_trouble:
+            effects.append(fx.OrderTroubled(name, event.order_trouble))
+        record.order_trouble = event.order_trouble
+        if event.refusals:
+            record.refused_heartbeat_count += 1
+            record.heartbeat_refusal = "; ".join(event.refusals)
+
+    def on_heartbeat_refused(self, event: ev.HeartbeatRefused, now: float, effects: list[fx.Effect]) -> None:
+        """A report was refused: it says nothing of the instance, but somebody should know."""
+        record = self._fleet.find(event.instance_id)
+        if record is not None:
+            record.refused_heartbeat_count += 1
+            record.heartbeat_refusal = event.why
+
+    def on_lora_adapters_requested(
+        self, event: ev.LoraAdaptersRequested, now: float, effects: list[fx.Effect]
+    ) -> None:
+        """An operator says which LoRA adapters an engine should have. Its agent sees to it.
+
+        Raises:
+            InstanceNotFoundError: It is not registered.
+            IllegalOrderError: It cannot be told so.
+        """
+        record = self._fleet.get(event.instance_id)
+        if event.adapters is not None:
+            check_capability(record.spec, record.incarnation, EngineCapability.LORA)
+        record.desired_lora_adapters = event.adapters
 
     def on_health_probed(self, event: ev.HealthProbed, now: float, effects: list[fx.Effect]) -> None:
         """The control plane asked an engine itself."""
@@ -204,10 +265,11 @@ class InstanceLifecycle:
         record.forget_s = now + self._config.lost_retention_s
         heapq.heappush(self._forgets, (record.forget_s, record.instance_id))
 
-    def _expect_empty_cache(self, record: InstanceRecord) -> None:
-        self._prefixes.remove_instance(record.instance_id)
+    def _expect_empty_cache(self, record: InstanceRecord, *, keep_reported: bool = False) -> None:
         capacity = record.spec.key_value_token_capacity or UNKNOWN_CAPACITY_TOKENS
-        self._prefixes.add_instance(record.instance_id, capacity // DIGEST_BLOCK_TOKENS)
+        self._prefixes.add_instance(
+            record.instance_id, capacity // DIGEST_BLOCK_TOKENS, keep_reported=keep_reported
+        )
 
     def _remove(self, record: InstanceRecord) -> None:
         self._fleet.remove(record)
@@ -221,7 +283,14 @@ class InstanceLifecycle:
     def finish_drain(self, record: InstanceRecord, effects: list[fx.Effect]) -> None:
         """Note that an instance is empty, if it was draining and is."""
         if record.state is InstanceState.DRAINING and record.in_flight_count == 0:
-            self._step(record, InstanceState.DRAINED, "no request is left on it", effects)
+            self._step(record, InstanceState.DRAINED, self._why_drained(record), effects)
+
+    @staticmethod
+    def _why_drained(record: InstanceRecord) -> str:
+        if record.drain is None or not record.drain.sleep_level:
+            return "no request is left on it"
+        what = "its engine sleeps" if record.sleeping else "its engine is told to sleep"
+        return f"no request is left on it, and {what} at level {record.drain.sleep_level}"
 
     def _follow_condition(
         self,
@@ -236,6 +305,8 @@ class InstanceLifecycle:
             record.condition = condition
         if record.drain is not None:
             self._drain(record, "the drain goes on", effects)
+            if record.state is InstanceState.DRAINED:
+                record.state_reason = self._why_drained(record)
             return
         if condition is EngineCondition.HEALTHY:
             target, why = self._target_of_well(record, now)
@@ -258,6 +329,11 @@ class InstanceLifecycle:
             return InstanceState.UNHEALTHY, "its agent is well, but calls to its engine find nobody"
         if record.health.outage is not None:
             return InstanceState.UNHEALTHY, record.health.why
+        if record.health.gpu_fault:
+            return InstanceState.UNHEALTHY, record.health.gpu_fault
+        if record.sleeping:
+            works = record.state in {InstanceState.READY, InstanceState.UNHEALTHY}
+            return InstanceState.UNHEALTHY if works else InstanceState.STARTING, SLEEPS
         held = self._hold_downs.get(record.instance_id)
         if held is not None and record.state is not InstanceState.READY:
             until_s = self._held_until_s(record, held)
@@ -272,7 +348,7 @@ class InstanceLifecycle:
                 # One step less for each restart of an agent that restarts again and again.
                 starts = record.state is InstanceState.STARTING
                 return InstanceState.STARTING if starts else InstanceState.UNHEALTHY, why
-        return InstanceState.READY, "the engine answers"
+        return InstanceState.READY, record.health.gpu_warning or "the engine answers"
 
     def _bar(self, record: InstanceRecord, why: str, now: float, effects: list[fx.Effect]) -> None:
         """Take an instance out of the rotation although its engine may say that it is well."""

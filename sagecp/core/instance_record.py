@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 
+from sagecp.core.agent_clock import AgentClock
 from sagecp.core.drain_order import DrainOrder
+from sagecp.core.engine_state import EngineProcess, LoraAdapter
+from sagecp.core.gpu import GpuFault
+from sagecp.core.gpu_faults import GpuWatch
+from sagecp.core.health_limits import HealthLimits
 from sagecp.core.instance_health import InstanceHealth
 from sagecp.core.instance_load import InstanceLoad
 from sagecp.core.least_value import LeastValue
 from sagecp.core.request import RequestRecord
+from sagecp.core.request_counts import RequestCounts
 from sagecp.core.states import INSTANCE_TRANSITIONS, StateMachine
 from sagecp.core.types import EngineCondition, EngineGauges, ExecutionInstance, GpuReading, InstanceState
 
@@ -38,6 +44,7 @@ class InstanceRecord:
         drain: The order that it takes no new work; ``None``: there is none.
         in_flight: Requests on it, by id.
         in_flight_count: Their number.
+        in_flight_kinds: Them, counted by kind.
         reserved_token_count: Tokens that they are expected to hold at their ends.
         spare_token_count: What one more may hold; infinite where nothing limits it.
         token_limit: Most tokens that one request can ever have here, prompt and output, as far as
@@ -48,6 +55,17 @@ class InstanceRecord:
         gate_closed: It has as much prefill work as it can usefully hold: what more there
             is waits here, where it can still be ordered and placed.
         gate_opens_s: When that should be over, on the core's clock.
+        sleeping: Its engine said last that it sleeps.
+        gpu_watch: What is remembered of its GPUs.
+        gpu_faults: What is wrong with them; ``quarantines``: and keeps it out.
+        engine_process: Its engine's process, where its agent supervises it.
+        order_trouble: What an order came to that its agent could not carry out.
+        desired_lora_adapters: What it was told to have loaded; ``None``: nothing.
+        clock: Its agent's.
+        refused_heartbeat_count: Reports that were refused, in part or as a whole.
+        heartbeat_refusal: Why the last one was.
+        agent_version: ``""``: unknown, or there is no agent.
+        kv_cache_sequence: Of the last update of what its engine has cached; 0: there was none.
     """
 
     def __init__(
@@ -58,6 +76,7 @@ class InstanceRecord:
         default_limit: int,
         load: InstanceLoad,
         health: InstanceHealth | None = None,
+        health_limits: HealthLimits | None = None,
     ) -> None:
         self.spec = spec
         self.instance_id = spec.instance_id
@@ -76,11 +95,23 @@ class InstanceRecord:
         self.gauges: EngineGauges | None = None
         self.gpus: tuple[GpuReading, ...] = ()
         self.gpu_absent_reason = ""
+        self.sleeping = False
+        self.gpu_watch = GpuWatch(health_limits or HealthLimits())
+        self.gpu_faults: tuple[GpuFault, ...] = ()
+        self.engine_process: EngineProcess | None = None
+        self.order_trouble = ""
+        self.desired_lora_adapters: tuple[LoraAdapter, ...] | None = None
+        self.clock = AgentClock()
+        self.refused_heartbeat_count = 0
+        self.heartbeat_refusal = ""
+        self.agent_version = ""
+        self.kv_cache_sequence = 0
         self.configured_limit = spec.max_concurrent_request_count or default_limit
         self.concurrency_limit = self.configured_limit
         self.in_flight: dict[str, RequestRecord] = {}
         # Kept, not computed: placement reads them of every open instance.
         self.in_flight_count = 0
+        self.in_flight_kinds = RequestCounts()
         self.reserved_token_count = 0
         self.spare_token_count = math.inf
         bounds = (spec.key_value_token_capacity, spec.max_context_token_count)
@@ -155,6 +186,7 @@ class InstanceRecord:
     def take(self, request: RequestRecord, dispatch_sequence: int) -> None:
         """Count a request as being here."""
         self.in_flight[request.request_id] = request
+        self.in_flight_kinds.add(request)
         self._tpot_objectives_s.add(request.tpot_objective_s)
         self._reserve(self.token_need(request))
         self.last_dispatch_sequence = dispatch_sequence
@@ -162,6 +194,7 @@ class InstanceRecord:
     def release(self, request: RequestRecord) -> None:
         """Stop counting a request."""
         if self.in_flight.pop(request.request_id, None) is not None:
+            self.in_flight_kinds.discard(request)
             self._tpot_objectives_s.discard(request.tpot_objective_s)
             self._reserve(-self.token_need(request))
 
@@ -177,10 +210,18 @@ class InstanceRecord:
     def inherit(self, previous: InstanceRecord) -> None:
         """Take over what an earlier registration holds and has learned."""
         self.in_flight = previous.in_flight
+        self.in_flight_kinds = previous.in_flight_kinds
         self._tpot_objectives_s = previous._tpot_objectives_s
         self._reserve(sum(map(self.token_need, self.in_flight.values())))
         self.drain = previous.drain
+        self.desired_lora_adapters = previous.desired_lora_adapters
         self.health = previous.health
+        self.gpu_watch = previous.gpu_watch
+        self.gpu_faults = previous.gpu_faults
+        if self.incarnation > previous.incarnation:
+            self.gpu_watch.note_agent_restart()
+        self.refused_heartbeat_count = previous.refused_heartbeat_count
+        self.heartbeat_refusal = previous.heartbeat_refusal
         if self.load.kind is previous.load.kind:
             self.load = previous.load
             self.gate_closed, self.gate_opens_s = previous.gate_closed, previous.gate_opens_s
@@ -217,6 +258,8 @@ class InstanceRecord:
         it goes up by an eighth, to the configured limit at most.
         """
         self.gauges = gauges
+        if gauges is not None and gauges.sleeping is not None:
+            self.sleeping = gauges.sleeping
         if gauges is None or gauges.waiting_request_count is None or gauges.running_request_count is None:
             return
         if gauges.waiting_request_count > 0:

@@ -1,17 +1,20 @@
-"""Which instance has which leading blocks of which prompts in its cache, as our own dispatches tell.
+"""Which instance has which leading blocks of which prompts in its cache.
+
+Our own dispatches tell, and where they do, the engines themselves.
 
 Engines with prefix caching keep the key and value blocks of past prompts until
 others need the room, least recently used first (vLLM's automatic prefix
 caching: a finished request's blocks go to the end of the free queue, its last
 block first). The index does the same with the blocks of every dispatch, so
-that it needs no report from the engines.
+that it needs no report from the engines. Where an engine reports its cache, what
+it says holds: blocks that it stored stay until it says that they are gone.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 # What a match names at most: beyond the best few, holders are as good as any instance.
 HOLDER_LIMIT = 16
@@ -24,11 +27,26 @@ class _Cache:
         generation: Counts the caches that were begun, over all instances.
         bit: The instance's bit in the index's masks; one object, so that blocks
             held by it alone share it.
+        block_count: Blocks that it has, each counted once.
         evictable: Blocks no running request uses, least recently used first.
         pins: Running requests per block in use.
+        reported: Blocks that its engine says it has, the last to come last. They may be
+            pinned too, and are never evictable: only the engine knows when they go.
+        is_exact: Whether its engine reports.
     """
 
-    __slots__ = ("bit", "capacity", "evictable", "generation", "instance_id", "pins", "slot")
+    __slots__ = (
+        "bit",
+        "block_count",
+        "capacity",
+        "evictable",
+        "generation",
+        "instance_id",
+        "is_exact",
+        "pins",
+        "reported",
+        "slot",
+    )
 
     def __init__(self, instance_id: str, generation: int, slot: int, capacity: int) -> None:
         self.instance_id = instance_id
@@ -38,10 +56,12 @@ class _Cache:
         self.capacity = capacity
         self.evictable: OrderedDict[int, None] = OrderedDict()
         self.pins: dict[int, int] = {}
+        self.reported: dict[int, None] = {}
+        self.is_exact = False
+        self.block_count = 0
 
-    @property
-    def block_count(self) -> int:
-        return len(self.evictable) + len(self.pins)
+    def has(self, block: int) -> bool:
+        return block in self.pins or block in self.evictable or block in self.reported
 
 
 class PrefixIndex:
@@ -92,13 +112,17 @@ class PrefixIndex:
         cache = self._caches.get(instance_id)
         return cache.generation if cache is not None else 0
 
-    def add_instance(self, instance_id: str, capacity_block_count: int) -> None:
+    def add_instance(
+        self, instance_id: str, capacity_block_count: int, *, keep_reported: bool = False
+    ) -> None:
         """Begin with an empty cache; one that is known has restarted, and has lost everything.
 
         Args:
             instance_id: Which.
             capacity_block_count: Blocks that fit it; a negative number counts as 0.
+            keep_reported: All but what its engine reports: of that it tells by itself.
         """
+        before = self._caches.get(instance_id)
         self.remove_instance(instance_id)
         # The lowest free slot keeps the masks short.
         slot = heapq.heappop(self._free_slots) if self._free_slots else len(self._slots)
@@ -109,6 +133,8 @@ class PrefixIndex:
         else:
             self._slots[slot] = cache
         self._caches[instance_id] = cache
+        if before is not None and before.is_exact and keep_reported:
+            self.note_stored(instance_id, before.reported)
 
     def remove_instance(self, instance_id: str) -> None:
         """Forget all that an instance had. Costs as much as that is; unknown ids are ignored."""
@@ -119,6 +145,9 @@ class PrefixIndex:
             self._clear(block, cache)
         for block in cache.pins:
             self._clear(block, cache)
+        for block in cache.reported:
+            if block not in cache.pins:
+                self._clear(block, cache)
         self._slots[cache.slot] = None
         heapq.heappush(self._free_slots, cache.slot)
 
@@ -174,8 +203,7 @@ class PrefixIndex:
         low, high = 0, len(block_hashes)
         while low < high:
             middle = (low + high + 1) // 2
-            block = block_hashes[middle - 1]
-            if block in cache.pins or block in cache.evictable:
+            if cache.has(block_hashes[middle - 1]):
                 low = middle
             else:
                 high = middle - 1
@@ -205,7 +233,7 @@ class PrefixIndex:
             return self._unpin_what_is_too_much(cache, block_hashes)
         new = []
         for block in reversed(block_hashes):
-            if block not in cache.pins:
+            if block not in cache.pins and block not in cache.reported:
                 if block in cache.evictable:
                     cache.evictable.move_to_end(block)
                 else:
@@ -232,8 +260,79 @@ class PrefixIndex:
                 pins[block] = count - 1
             elif count:
                 del pins[block]
-                cache.evictable[block] = None
+                if block not in cache.reported:
+                    cache.evictable[block] = None
         self._trim(cache)
+
+    # -- what engines report -----------------------------------------------------------
+
+    def is_exact(self, instance_id: str) -> bool:
+        """Return whether an instance's engine reports what it has."""
+        cache = self._caches.get(instance_id)
+        return cache is not None and cache.is_exact
+
+    def note_stored(self, instance_id: str, block_hashes: Iterable[int]) -> None:
+        """Take an engine's word that it has blocks: they stay until it says otherwise.
+
+        They do not count against the instance's capacity, which is an estimate.
+
+        Args:
+            instance_id: Which; an unknown one is ignored.
+            block_hashes: Each after those that it builds on.
+        """
+        cache = self._caches.get(instance_id)
+        if cache is None:
+            return
+        cache.is_exact = True
+        new = []
+        for block in block_hashes:
+            if block in cache.reported:
+                continue
+            cache.reported[block] = None
+            if block in cache.evictable:
+                del cache.evictable[block]
+            elif block not in cache.pins:
+                new.append(block)
+        self._hold(cache, new)
+        while self._block_count > self._max_block_count and self._evict_any():
+            pass
+
+    def note_removed(self, instance_id: str, block_hashes: Iterable[int]) -> None:
+        """Take an engine's word that it has blocks no more.
+
+        Those of running requests stay until :meth:`release`: the engine is about to
+        have them again, and no report is as young as a dispatch.
+
+        Args:
+            instance_id: Which; an unknown one is ignored.
+            block_hashes: Each after those that build on it. One that is not known is ignored.
+        """
+        cache = self._caches.get(instance_id)
+        if cache is None:
+            return
+        cache.is_exact = True
+        for block in block_hashes:
+            if block in cache.reported:
+                del cache.reported[block]
+                if block in cache.pins:
+                    continue
+            elif block in cache.evictable:
+                del cache.evictable[block]
+            else:
+                continue
+            self._clear(block, cache)
+
+    def reset(self, instance_id: str) -> None:
+        """Take an engine's word that its cache is to be taken for empty, but for what runs."""
+        cache = self._caches.get(instance_id)
+        if cache is None:
+            return
+        cache.is_exact = True
+        for block in (*cache.evictable, *cache.reported):
+            if block not in cache.pins:
+                self._clear(block, cache)
+        cache.evictable.clear()
+        cache.reported.clear()
 
     # -- inside ----------------------------------------------------------------------
 
@@ -261,7 +360,7 @@ class PrefixIndex:
             pins[block] = 1
             if block in evictable:
                 del evictable[block]
-            else:
+            elif block not in cache.reported:
                 new.append(block)
         self._hold(cache, new)
 
@@ -275,6 +374,7 @@ class PrefixIndex:
             if mask != before:
                 before, after = mask, (mask | bit if mask else bit)
             masks[block] = after
+        cache.block_count += len(new_blocks)
         self._block_count += len(new_blocks)
 
     def _unpin_what_is_too_much(self, cache: _Cache, block_hashes: Sequence[int]) -> int:
@@ -296,6 +396,7 @@ class PrefixIndex:
             if masks[block] is bit:
                 # As a rule nobody else has it.
                 del masks[block]
+                cache.block_count -= 1
                 self._block_count -= 1
             else:
                 self._clear(block, cache)
@@ -306,13 +407,21 @@ class PrefixIndex:
         for step in range(slot_count):
             slot = (self._eviction_slot + step) % slot_count
             cache = self._slots[slot]
-            if cache is not None and cache.evictable:
+            if cache is None or not (cache.evictable or cache.reported):
+                continue
+            if cache.evictable:
                 self._clear(cache.evictable.popitem(last=False)[0], cache)
-                self._eviction_slot = (slot + 1) % slot_count
-                return True
+            else:
+                # The last to come: what builds on a block always came after it.
+                block = cache.reported.popitem()[0]
+                if block not in cache.pins:
+                    self._clear(block, cache)
+            self._eviction_slot = (slot + 1) % slot_count
+            return True
         return False
 
     def _clear(self, block: int, cache: _Cache) -> None:
+        cache.block_count -= 1
         self._block_count -= 1
         mask = self._masks.pop(block) ^ cache.bit
         if mask:

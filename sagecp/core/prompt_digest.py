@@ -28,6 +28,7 @@ MAX_PARSED_BYTES = 512 * 1024
 _BLOCK_CHARACTERS = BLOCK_TOKEN_COUNT * BYTES_PER_TOKEN
 _MAX_CHARACTERS = MAX_BLOCK_COUNT * _BLOCK_CHARACTERS
 _DIGEST_BYTES = 8
+_IDS_KIND = "token ids"
 # Between messages, and between the fields of one; JSON and prose hold neither.
 _MESSAGE_START, _FIELD_START = "\x1e", "\x1f"
 
@@ -71,17 +72,62 @@ def digest_prompt(metadata: RequestMetadata, model: str = "", token_count: int =
     return PromptDigest(token_count, hashes[: token_count // BLOCK_TOKEN_COUNT], BLOCK_TOKEN_COUNT)
 
 
+def token_chain_start(model: str) -> int:
+    """Return what stands before the first block of a prompt of token ids, for :func:`next_token_block`.
+
+    Args:
+        model: The served model.
+    """
+    return _chain_start(_IDS_KIND, [model, ""])
+
+
+def next_token_block(previous_hash: int, token_ids: bytes) -> int:
+    """Return the hash of a block of token ids, as :func:`digest_prompt` has it for such prompts.
+
+    Args:
+        previous_hash: Of the block before it, or :func:`token_chain_start`.
+        token_ids: ``BLOCK_TOKEN_COUNT`` ids, four bytes each in this machine's order.
+    """
+    return _next_hash(previous_hash, token_ids)
+
+
+def token_block_hashes(token_ids: Sequence[int], model: str) -> tuple[int, ...]:
+    """Return the blocks of a prompt of token ids without a salt.
+
+    Args:
+        token_ids: As an engine reads the prompt; four times as fast as an ``array("I")``.
+        model: The served model.
+    """
+    salt = [model, ""]
+    if isinstance(token_ids, array) and token_ids.typecode in {"i", "I"}:
+        return _packed_hashes(token_ids, salt)
+    return _token_id_hashes(token_ids, salt)
+
+
+def has_cache_salt(metadata: RequestMetadata) -> bool:
+    """Return whether a request shares no cache with those of others; true where a body might say so."""
+    return "cache_salt" in metadata.sampling.engine_extras or b'"cache_salt"' in metadata.openai_body
+
+
+def _chain_start(kind: str, salt: Sequence[str]) -> int:
+    start = "\0".join([kind, *salt]).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(start, digest_size=_DIGEST_BYTES).digest(), "big")
+
+
+def _next_hash(previous_hash: int, block: bytes) -> int:
+    content = previous_hash.to_bytes(_DIGEST_BYTES, "big") + block
+    return int.from_bytes(hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest(), "big")
+
+
 def _chained(
     kind: str, salt: Sequence[str], block_count: int, block: Callable[[int], bytes]
 ) -> tuple[int, ...]:
     """Return the hashes of some blocks, each over the one before it and its own bytes."""
-    start = "\0".join([kind, *salt]).encode("utf-8", "surrogatepass")
-    blake2b = hashlib.blake2b
-    digest = blake2b(start, digest_size=_DIGEST_BYTES).digest()
+    value = _chain_start(kind, salt)
     hashes = []
     for number in range(min(block_count, MAX_BLOCK_COUNT)):
-        digest = blake2b(digest + block(number), digest_size=_DIGEST_BYTES).digest()
-        hashes.append(int.from_bytes(digest, "big"))
+        value = _next_hash(value, block(number))
+        hashes.append(value)
     return tuple(hashes)
 
 
@@ -99,12 +145,15 @@ def _token_id_hashes(token_ids: Sequence[int], salt: Sequence[str]) -> tuple[int
     except (OverflowError, TypeError):
         # No token has such an id; the engine will say so.
         return ()
+    return _packed_hashes(ids, salt)
 
+
+def _packed_hashes(ids: array[int], salt: Sequence[str]) -> tuple[int, ...]:
     def block(number: int) -> bytes:
         start = number * BLOCK_TOKEN_COUNT
         return ids[start : start + BLOCK_TOKEN_COUNT].tobytes()
 
-    return _chained("token ids", salt, len(ids) // BLOCK_TOKEN_COUNT, block)
+    return _chained(_IDS_KIND, salt, len(ids) // BLOCK_TOKEN_COUNT, block)
 
 
 def _body_hashes(body: bytes, api: OpenAiApi | None, salt: Sequence[str]) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from sagecp.core.failover import ending_after_restart, ending_of, restored_recor
 from sagecp.core.fleet import Fleet
 from sagecp.core.instance_lifecycle import InstanceLifecycle
 from sagecp.core.instance_record import InstanceRecord
+from sagecp.core.kv_cache_reports import KvCacheReports
 from sagecp.core.policies.adaptive import AdaptivePolicy
 from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.prediction.learning import learn_output
@@ -66,6 +67,7 @@ class Scheduler:
             config.max_instance_count, config.default_concurrency_limit, self.book, config.health
         )
         self.prefixes = PrefixIndex()
+        self.cache_reports = KvCacheReports(self.prefixes)
         self.queue = RequestQueue(
             self._new_line,
             config.max_queued_request_count,
@@ -100,11 +102,13 @@ class Scheduler:
             ev.InstanceRegistered: self._instances.on_registered,
             ev.InstanceRestored: self._instances.on_restored,
             ev.InstanceDeregistered: self._instances.on_deregistered,
-            ev.HeartbeatReceived: self._instances.on_heartbeat,
+            ev.HeartbeatReceived: self._on_heartbeat,
+            ev.HeartbeatRefused: self._instances.on_heartbeat_refused,
             ev.HealthProbed: self._instances.on_health_probed,
             ev.EngineSilent: self._instances.health.on_engine_silent,
             ev.EngineProbed: self._instances.health.on_engine_probed,
             ev.DrainRequested: self._drains.on_drain_requested,
+            ev.LoraAdaptersRequested: self._instances.on_lora_adapters_requested,
             ev.SchedulingConfigured: self._on_scheduling_configured,
             ev.PoliciesEvaluated: self._on_policies_evaluated,
             ev.ClockSkipped: self._instances.on_clock_skipped,
@@ -258,6 +262,8 @@ class Scheduler:
         if instance is not None:
             instance.load.note_first_token(record.request_id, now)
             self._dispatcher.settle_gate(instance, now)
+        if event.prompt_block_hashes:
+            self.cache_reports.link(record.digest, event.prompt_token_count, event.prompt_block_hashes)
         if record.dispatch_s is not None:
             self.book.accuracy.record("ttft", record.predicted_ttft_s, now - record.dispatch_s)
 
@@ -314,7 +320,7 @@ class Scheduler:
     @staticmethod
     def _count_loss(record: RequestRecord, event: ev.AttemptFailed, instance: InstanceRecord | None) -> None:
         """Note what a lost attempt says of its request."""
-        record.excluded_instance_ids.add(record.instance_id)
+        record.excluded_instance_ids |= {record.instance_id}
         record.lost_attempt_count += event.counts
         record.has_output = record.has_output or event.output_token_count > 0
         # Of all that ran there, suspect is what the engine had just begun with, or had to itself.
@@ -457,6 +463,12 @@ class Scheduler:
 
     def _new_line(self) -> WaitingLine:
         return self._dispatcher.policy.new_line()
+
+    def _on_heartbeat(self, event: ev.HeartbeatReceived, now: float, effects: list[fx.Effect]) -> None:
+        self._instances.on_heartbeat(event, now, effects)
+        if event.kv_cache_update is not None:
+            # After the gauges, which may tell that the engine is another.
+            self.cache_reports.take(self.fleet.get(event.instance_id), event.kv_cache_update)
 
     # -- configuration and time ----------------------------------------------------
 

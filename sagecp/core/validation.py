@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from sagecp.core.engine_address import why_no_engine
 from sagecp.core.errors import FieldViolation, InvalidRequestError
 from sagecp.core.types import ExecutionInstance, RequestMetadata, SamplingParameters
 
@@ -36,6 +38,8 @@ _INTEGER_RANGES = (
     ("prompt_logprobs", 0, 100),
     ("truncate_prompt_tokens", 1, MAX_TOKENS_LIMIT),
 )
+_floats_of = operator.attrgetter(*(name for name, *_ in _FLOAT_RANGES))
+_integers_of = operator.attrgetter(*(name for name, *_ in _INTEGER_RANGES))
 
 
 def check_request(metadata: RequestMetadata, further: Iterable[FieldViolation] = ()) -> None:
@@ -102,13 +106,11 @@ def request_violations(metadata: RequestMetadata) -> Iterator[FieldViolation]:
 
 
 def _sampling_violations(sampling: SamplingParameters) -> Iterator[FieldViolation]:
-    for name, low, high, inclusive in _FLOAT_RANGES:
-        value = getattr(sampling, name)
+    for (name, low, high, inclusive), value in zip(_FLOAT_RANGES, _floats_of(sampling), strict=True):
         if value is not None and not ((low <= value if inclusive else low < value) and value <= high):
             edge = f"{low:g} to {high:g}" if inclusive else f"above {low:g} and at most {high:g}"
             yield FieldViolation(f"sampling.{name}", f"is {value:g}; must be {edge}")
-    for name, lowest, highest in _INTEGER_RANGES:
-        count = getattr(sampling, name)
+    for (name, lowest, highest), count in zip(_INTEGER_RANGES, _integers_of(sampling), strict=True):
         if count is not None and not lowest <= count <= highest:
             yield FieldViolation(f"sampling.{name}", f"is {count}; must be {lowest} to {highest}")
     if len(sampling.stop) > 64:
@@ -165,6 +167,8 @@ def instance_violations(instance: ExecutionInstance) -> Iterator[FieldViolation]
             "engine_url",
             f"{_shown(instance.engine_url)} is not http or https with a host and a port of 1 to 65535",
         )
+    elif why := why_no_engine(instance.host):
+        yield FieldViolation("engine_url", f"{_shown(instance.host)} {why}")
     if not _API_KEY_PATTERN.fullmatch(instance.api_key):
         # Without its value: it is a secret.
         yield FieldViolation(

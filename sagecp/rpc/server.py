@@ -7,31 +7,30 @@ import contextlib
 import logging
 import signal
 import ssl
-import threading
 from pathlib import Path
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 import grpc.experimental.aio  # channelz looks for the class under this name
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
 
-from sagecp.config import ServerConfig, TlsConfig, is_loopback, split_address
-from sagecp.core.errors import SageError
+from sagecp.config import ConfigError, ServerConfig, TlsConfig, TracingConfig, is_loopback, split_address
+from sagecp.console.app import ConsoleServer
+from sagecp.core.errors import FieldViolation, SageError
+from sagecp.core.types import ExecutionInstance
+from sagecp.rpc.grpc_server import make_grpc_server
 from sagecp.rpc.interceptors.access_log import AccessLog
 from sagecp.rpc.interceptors.call import CallInterceptor, CallObserver
-from sagecp.rpc.interceptors.metrics import RpcMetrics
-from sagecp.rpc.policy_metrics import PolicyCollector
-from sagecp.rpc.prediction_metrics import PredictionCollector
 from sagecp.rpc.reader_watch import ReaderWatch
 from sagecp.rpc.servicers.admin import AdminServicer
 from sagecp.rpc.servicers.fleet import FleetServicer
 from sagecp.rpc.servicers.inference import InferenceServicer
+from sagecp.rpc.telemetry.exporter import MetricsExporter
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.runtime.policy_evaluation import PolicyEvaluator
 from sagecp.runtime.store.open_store import make_store
+from sagecp.runtime.tracing.base import RequestTracer
 from sagecp.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -109,21 +108,50 @@ class ControlPlaneServer:
             engine=config.engine,
             policy_evaluator=policy_evaluator,
             store=make_store(config.journal, split_address(config.listen)[1]),
+            tracer=self._make_tracer(config.tracing),
         )
-        self.registry = CollectorRegistry()
+        self.exporter = MetricsExporter(self.manager)
         self.port = 0
         self._health = health.aio.HealthServicer()
         self._fleet = FleetServicer(self.manager)
+        self._admin = AdminServicer(self.manager)
         self._readers = ReaderWatch(config.runtime.reader_stall_timeout_s, config.runtime.max_unread_bytes)
         self._watching: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
-        self._metrics: tuple[WSGIServer, threading.Thread] | None = None
+        self._console: ConsoleServer | None = None
+
+    def _make_tracer(self, config: TracingConfig) -> RequestTracer | None:
+        if not config.enabled:
+            return None
+        try:
+            from sagecp.runtime.tracing.otel import OtelRequestTracer
+        except ImportError as error:
+            raise ConfigError(
+                [
+                    FieldViolation(
+                        "tracing.otlp_endpoint",
+                        f"needs OpenTelemetry ({error.name} is not installed); "
+                        "install sagecp with its 'otel' extra",
+                    )
+                ]
+            ) from error
+
+        def instance_of(instance_id: str) -> ExecutionInstance | None:
+            record = self.manager.scheduler.fleet.find(instance_id)
+            return None if record is None else record.spec
+
+        return OtelRequestTracer(config, instance_of)
 
     @property
     def address(self) -> str:
         """Host and port that the server listens on."""
         host = split_address(self.config.listen)[0]
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    @property
+    def metrics_port(self) -> int:
+        """Port of the metrics and the web console; 0: there is none."""
+        return self._console.port if self._console is not None else 0
 
     async def start(self) -> None:
         """Listen, and answer.
@@ -132,11 +160,9 @@ class ControlPlaneServer:
             ListenError: The address is in use or not ours; or the TLS files are not usable.
         StoreError: The journal cannot be opened, or was damaged.
         """
-        observers: list[CallObserver] = [AccessLog(), RpcMetrics(self.registry)]
-        self.registry.register(PredictionCollector(self.manager.prediction_accuracy))
-        self.registry.register(PolicyCollector(self.manager.scheduler))
-        server = grpc.aio.server(
-            interceptors=[CallInterceptor(observers)],
+        observers: list[CallObserver] = [AccessLog(), self.exporter.calls]
+        server = make_grpc_server(
+            interceptors=[CallInterceptor(observers, traced=self.config.tracing.enabled)],
             options=channel_options(self.config),
             maximum_concurrent_rpcs=self.config.max_concurrent_rpcs,
         )
@@ -144,7 +170,7 @@ class ControlPlaneServer:
             InferenceServicer(self.manager, self._readers), server
         )
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(self._fleet, server)
-        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(self.manager), server)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME]
         host, _ = split_address(self.config.listen)
@@ -154,7 +180,7 @@ class ControlPlaneServer:
             names.append("grpc.channelz.v1.Channelz")
         reflection.enable_server_reflection(names, server)
         self.port = self._bind(server)
-        self._start_metrics()
+        await self._start_console()
         await self.manager.start()
         await server.start()
         self._server = server
@@ -179,12 +205,13 @@ class ControlPlaneServer:
             raise ListenError(f"cannot listen on {listen}: check the address and the TLS files")
         return port
 
-    def _start_metrics(self) -> None:
+    async def _start_console(self) -> None:
         if not self.config.metrics_listen:
             return
         host, port = split_address(self.config.metrics_listen)
         try:
-            self._metrics = start_http_server(port, addr=host, registry=self.registry)
+            self._console = ConsoleServer(self.manager, self.config.console, self.exporter.render)
+            await self._console.start(host, port)
         except OSError as error:
             raise ListenError(
                 f"cannot serve metrics on {self.config.metrics_listen}: {error.strerror}; "
@@ -213,16 +240,14 @@ class ControlPlaneServer:
         # First the requests, so that their streams say how they ended; then the streams.
         await self.manager.stop()
         self._fleet.close_heartbeats()
+        self._admin.close_watches()
         if self._server is not None:
             await self._server.stop(_FLUSH_TIMEOUT_S)
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        if self._metrics is not None:
-            server, thread = self._metrics
-            await asyncio.to_thread(server.shutdown)
-            server.server_close()
-            thread.join(timeout=1.0)
+        if self._console is not None:
+            await self._console.stop()
         logger.info("stopped", extra={"drained": drained})
         return drained
 

@@ -29,6 +29,7 @@ from sagecp.runtime.output import OutputLog
 from sagecp.runtime.requests import RequestHandle
 from sagecp.runtime.store.base import StoreError
 from sagecp.runtime.store.codec import unpack_token_ids
+from sagecp.runtime.tracing.base import RequestTracer
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class AttemptRunner:
         journal: Where durable requests are written; ``None``: nowhere.
         feed: Takes the event that says how an attempt went.
         clock: The core's clock.
+        tracer: Says what calls to engines carry for their traces; ``None``: nothing.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class AttemptRunner:
         journal: Journal | None,
         feed: Callable[[ev.Event], None],
         clock: Callable[[], float],
+        tracer: RequestTracer | None = None,
     ) -> None:
         self._coordinator = coordinator
         self._journal = journal
         self._feed = feed
         self._clock = clock
+        self._tracer = tracer
         self._tasks: set[asyncio.Task[None]] = set()
         # Attempts that an engine works on, as opposed to those whose end is being told.
         self._executing: set[RequestHandle] = set()
@@ -200,6 +204,7 @@ class AttemptRunner:
             model_name=record.model,
             continuation=continuation,
             timeout_s=timeout_s,
+            headers=self._tracer.attempt_headers(record.request_id, effect.epoch) if self._tracer else None,
         )
         return usage_after(result.outcome, continuation)
 
@@ -213,6 +218,7 @@ class AttemptRunner:
             handle.output.token_count,
             prompt_token_count=usage.prompt_token_count,
             cached_prompt_token_count=usage.cached_prompt_token_count,
+            finish_reasons=tuple(outcome.finish_reasons),
         )
 
     @staticmethod

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable
 
 from sagecp.config import RuntimeConfig
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
+from sagecp.core.engine_state import LoraAdapter
 from sagecp.core.errors import ErrorReason, Failure
 from sagecp.core.request import RequestRecord
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.settings import SchedulingSettings
-from sagecp.core.types import InstanceState, RequestMetadata, RequestState
+from sagecp.core.types import InstanceState, LoopStatus, RequestMetadata, RequestState, SchedulingDecision
 from sagecp.runtime.attempts import AttemptRunner
+from sagecp.runtime.event_log import EventLog
+from sagecp.runtime.event_reporter import OVERLOAD_REASONS, EventReporter
 from sagecp.runtime.executor import ExecutionCoordinator
 from sagecp.runtime.health import EngineProber, HealthLoop
 from sagecp.runtime.journal import Journal
-from sagecp.runtime.monitor import EndedSample, MetricsKey, Monitor, objectives_met
+from sagecp.runtime.lease_tokens import LeaseTokens
+from sagecp.runtime.loop_runs import LoopRuns
+from sagecp.runtime.monitor import EndedSample, Monitor, objectives_met
+from sagecp.runtime.monitor_keys import MetricsKey
 from sagecp.runtime.output import OutputLog
 from sagecp.runtime.policy_evaluation import PolicyEvaluations, PolicyEvaluator
-from sagecp.runtime.requests import RequestHandle, RequestTable
+from sagecp.runtime.prompt_blocks import first_output
+from sagecp.runtime.request_observer import RequestObserver
+from sagecp.runtime.requests import Acceptance, RequestHandle, RequestTable
 from sagecp.runtime.restart import Restorer, StoredRequest, first_sequence, sort_records
 from sagecp.runtime.store.base import Store, StoreError
 from sagecp.runtime.store.codec import decode_instance
 from sagecp.runtime.store.records import InstanceKept
+from sagecp.runtime.tracing.base import RequestTracer
 from sagecp.runtime.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -35,12 +47,21 @@ logger = logging.getLogger(__name__)
 # Nothing that an operator should look into; and an engine's refusal may quote the request.
 _CALLER_FAULTS = frozenset({ErrorReason.ENGINE_REJECTED, ErrorReason.INVALID_REQUEST})
 
+DRIFT_INTERVAL_S = 5.0
+"""How often predictions are compared with what happened."""
+
+RECENT_DECISION_COUNT = 100
+"""Receipts that are kept beside those of the requests that are known."""
+
 EventListener = Callable[[float, ev.Event, list[fx.Effect]], None]
 """Called with the time on the core's clock, an event, and the core's answer to it."""
 
 
 class ControlLoop:
     """Feeds the core what happens and does what it decides.
+
+    Attributes:
+        request_observer: Counts what happens to requests; ``None``: nobody does.
 
     Args:
         scheduler: The core.
@@ -52,6 +73,7 @@ class ControlLoop:
         on_event: Told every event, when it happened and what the core answered, before anything is
             done about it: a recorder, for example. It must not raise.
         store: Keeps durable requests; ``None``: none is durable.
+        tracer: Makes traces of requests; ``None``: nobody does.
     """
 
     def __init__(
@@ -64,6 +86,7 @@ class ControlLoop:
         policy_evaluator: PolicyEvaluator | None = None,
         on_event: EventListener | None = None,
         store: Store | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.coordinator = coordinator
@@ -72,20 +95,36 @@ class ControlLoop:
         self.clock = clock
         # Wall time is read once: later steps of the system clock move nothing.
         self.wall_offset_s = time.time() - clock()
+        self.events = EventLog(lambda: clock() + self.wall_offset_s)
+        self.reporter = EventReporter(self.events)
+        self.lease_tokens = LeaseTokens()
+        self._scheduling_runs = LoopRuns("scheduling", config.scheduling_interval_s)
+        self._health_runs = LoopRuns("engine_health", config.health_interval_s)
+        self._monitoring_runs = LoopRuns("monitoring", config.monitoring_interval_s)
+        self._drift_look_s = -math.inf
         self.idle = asyncio.Event()
         self.idle.set()
-        self.health = HealthLoop(coordinator, self._ids_to_probe, self.feed, config.health_interval_s)
+        self.health = HealthLoop(
+            coordinator,
+            self._ids_to_probe,
+            self.feed,
+            config.health_interval_s,
+            note=lambda: self._health_runs.note(clock()),
+        )
         self._prober = EngineProber(coordinator, self.feed)
         stall_timeout_s = scheduler.config.health.stall_timeout_s
         self._watchdog = Watchdog(coordinator, self._busy_ids, self.feed, stall_timeout_s)
         self._config = config
         self._sequence = first_sequence()
         self.journal = None if store is None else Journal(store, clock, self.wall_offset_s)
-        self._attempts = AttemptRunner(coordinator, self.journal, self.feed, clock)
+        self._attempts = AttemptRunner(coordinator, self.journal, self.feed, clock, tracer)
         self._journal_trouble = ""
         # While requests come back after a restart.
         self._restorer: Restorer | None = None
         self._on_event = on_event
+        self.request_observer: RequestObserver | None = None
+        self._tracer = tracer
+        self.recent_decisions: deque[SchedulingDecision] = deque(maxlen=RECENT_DECISION_COUNT)
         self._evaluations = PolicyEvaluations(policy_evaluator, self.feed)
         self._loops: list[asyncio.Task[None]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -96,6 +135,11 @@ class ControlLoop:
         """Whether :meth:`start` was called, and :meth:`stop` not yet."""
         return bool(self._loops)
 
+    def loop_statuses(self) -> tuple[LoopStatus, ...]:
+        """Return when each periodic loop last ran."""
+        runs = (self._scheduling_runs, self._health_runs, self._monitoring_runs)
+        return tuple(each.status(self.wall_offset_s) for each in runs)
+
     def start(self, *, monitoring: bool) -> None:
         """Start the periodic loops."""
         loop = asyncio.get_running_loop()
@@ -105,7 +149,9 @@ class ControlLoop:
             loop.create_task(self._watchdog.run(), name="sagecp-watchdog"),
         ]
         if monitoring:
-            watch = self.monitor.watch_event_loop(self._config.monitoring_interval_s)
+            watch = self.monitor.watch_event_loop(
+                self._config.monitoring_interval_s, lambda: self._monitoring_runs.note(self.clock())
+            )
             self._loops.append(loop.create_task(watch, name="sagecp-monitoring"))
         # Leases of instances that registered before the start.
         self._arm_timer(self.clock())
@@ -129,7 +175,16 @@ class ControlLoop:
     def _restore(self, requests: list[StoredRequest], instances: list[InstanceKept]) -> None:
         for kept in instances:
             instance = decode_instance(kept.specification)
-            self.feed(ev.InstanceRestored(instance, kept.incarnation, kept.draining))
+            adapters = kept.lora_adapters
+            self.feed(
+                ev.InstanceRestored(
+                    instance,
+                    kept.incarnation,
+                    kept.draining,
+                    kept.sleep_level,
+                    None if adapters is None else tuple(LoraAdapter(*each) for each in adapters),
+                )
+            )
         if not requests or self.journal is None:
             return
         self._restorer = Restorer(self.journal, self.wall_offset_s, self.clock())
@@ -168,11 +223,13 @@ class ControlLoop:
         await self._attempts.stop()
         if self.journal is not None:
             await self.journal.store.close()
+        if self._tracer is not None:
+            await self._tracer.close()
 
     def submit(self, request: RequestMetadata, digest: bytes, *, durable: bool) -> RequestHandle:
         """Hand a new request to the core and return its handle.
 
-        A durable one was accepted once ``handle.accepted`` is done.
+        A durable one was accepted once ``handle.accepted`` is settled.
 
         Raises:
             SageError: The core refused it.
@@ -194,6 +251,8 @@ class ControlLoop:
         effects = self.scheduler.handle(event, now)
         if self._on_event is not None:
             self._on_event(now, event, effects)
+        if self._tracer is not None:
+            self._tracer.on_event(now, event, effects)
         return effects
 
     def _ids_to_probe(self) -> list[str]:
@@ -227,12 +286,12 @@ class ControlLoop:
                 handle.end_attempt(now, effect.failure)
                 # The core's record may show the next attempt already.
                 lost = handle.attempts[-1]
+                if self.request_observer is not None:
+                    self.request_observer.attempt_lost(effect.record, effect.failure.reason)
                 if self.journal is not None and handle.durable:
                     self.journal.lost(handle, lost.epoch, effect.failure, now)
-                self.monitor.fault(
-                    f"attempt {lost.epoch} was lost: {effect.failure.message}",
-                    instance_id=lost.instance_id,
-                    request_id=handle.request_id,
+                self.reporter.attempt_lost(
+                    lost.epoch, effect.failure, lost.instance_id, handle.request_id, now
                 )
             elif isinstance(effect, fx.InstanceChanged):
                 self._on_instance_changed(effect)
@@ -240,15 +299,27 @@ class ControlLoop:
                 self.coordinator.detach(effect.instance_id)
                 if self.journal is not None:
                     self.journal.instance_dropped(effect.instance_id)
+                self.lease_tokens.forget(effect.instance_id)
+                self.reporter.instance_removed(effect)
                 logger.info(
                     "instance removed", extra={"instance_id": effect.instance_id, "reason": effect.reason}
                 )
+            elif isinstance(
+                effect,
+                fx.GpuFaultBegan
+                | fx.GpuFaultCleared
+                | fx.EngineProcessChanged
+                | fx.ClockSkewChanged
+                | fx.OrderTroubled,
+            ):
+                self.reporter.agent_reported(effect)
             elif isinstance(effect, fx.ProbeEngine):
                 self._prober.probe(effect.instance_id)
             elif isinstance(effect, fx.FailStaticChanged):
                 self._on_fail_static_changed(effect)
             elif isinstance(effect, fx.SettingsChanged):
                 _log_settings(effect.settings)
+                self.reporter.settings_changed(effect.settings)
             elif isinstance(effect, fx.EvaluatePolicies):
                 if self.running:
                     self._evaluations.start(effect.replay)
@@ -257,10 +328,15 @@ class ControlLoop:
                     "scheduling policy switched",
                     extra={"policy": effect.policy, "previous": effect.previous, "why": effect.why},
                 )
+                self.reporter.policy_switched(effect)
             else:
                 rejected = effect
         self._arm_timer(now)
         if rejected is not None:
+            if self.request_observer is not None:
+                self.request_observer.refused(rejected.error.reason)
+            if rejected.error.reason in OVERLOAD_REASONS:
+                self.reporter.overloaded(rejected.error.reason, now)
             raise rejected.error
 
     def _add_handle(self, record: RequestRecord, digest: bytes, *, durable: bool) -> None:
@@ -274,35 +350,38 @@ class ControlLoop:
             record, self._new_output(request_id), digest, self._sequence, self.wall_offset_s
         )
         self.requests.add(handle)
+        if self.request_observer is not None:
+            self.request_observer.accepted(record)
         if durable and self.journal is not None:
             handle.durable = True
-            accepted = handle.accepted = asyncio.get_running_loop().create_future()
+            accepted = handle.accepted = Acceptance()
 
             def then(error: StoreError | None) -> None:
-                if error is None:
-                    accepted.set_result(None)
-                else:
+                if error is not None:
                     self._take_back(handle, error)
-                    accepted.set_exception(error)
-                    # Nobody may be left to hear it.
-                    accepted.exception()
+                accepted.settle(error)
 
             self.journal.accepted(handle, then)
 
     def _take_back(self, handle: RequestHandle, error: StoreError) -> None:
         """Forget a request that could not be written down: it was never accepted."""
         handle.refused = True
+        if self.request_observer is not None:
+            self.request_observer.refused(error.reason)
         self.feed(ev.RequestAborted(handle.request_id, error.as_failure()))
         self.requests.forget(handle)
 
     def _new_output(self, request_id: str) -> OutputLog:
-        return OutputLog(lambda: self._on_first_output(request_id))
+        return OutputLog(functools.partial(self._on_first_output, request_id))
 
     def _on_first_output(self, request_id: str) -> None:
         handle = self.requests.get(request_id)
-        self.feed(ev.AttemptProgressed(request_id, handle.output.epoch))
+        record = handle.record
+        reports = self.scheduler.prefixes.is_exact(record.instance_id)
+        self.feed(first_output(record, handle.output, engine_reports_cache=reports))
 
     def _start_attempt(self, effect: fx.DispatchAttempt, now: float) -> None:
+        self.recent_decisions.append(effect.decision)
         handle = self.requests.get(effect.record.request_id)
         handle.start_attempt(now)
         instance = self.scheduler.fleet.get(effect.instance_id)
@@ -323,9 +402,7 @@ class ControlLoop:
             and effect.failure is not None
             and effect.failure.reason not in _CALLER_FAULTS
         ):
-            self.monitor.fault(
-                effect.failure.message, instance_id=record.instance_id, request_id=record.request_id
-            )
+            self.reporter.request_failed(effect.failure, record.instance_id, record.request_id, now)
         if self.journal is not None and handle.durable and not (handle.suspended or handle.refused):
             # Output that is on its way to the medium comes too late: what is written with the end is all.
             handle.output.seal()
@@ -344,19 +421,20 @@ class ControlLoop:
         ttft_s = None if record.first_token_s is None else record.first_token_s - record.arrival_s
         token_count = handle.usage().completion_token_count
         tpot_s = (latency_s - ttft_s) / (token_count - 1) if ttft_s is not None and token_count > 1 else None
-        self.monitor.record(
-            EndedSample(
-                end_s=now,
-                key=MetricsKey(record.model, record.instance_id, metadata.tenant_id, metadata.priority),
-                state=state,
-                latency_s=latency_s,
-                ttft_s=ttft_s,
-                tpot_s=tpot_s,
-                queue_wait_s=(record.dispatch_s if record.dispatch_s is not None else now) - record.arrival_s,
-                output_token_count=token_count,
-                slo_met=objectives_met(metadata, state, latency_s, ttft_s, tpot_s),
-            )
+        sample = EndedSample(
+            end_s=now,
+            key=MetricsKey(record.model, record.instance_id, metadata.tenant_id, metadata.priority),
+            state=state,
+            latency_s=latency_s,
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            queue_wait_s=(record.dispatch_s if record.dispatch_s is not None else now) - record.arrival_s,
+            output_token_count=token_count,
+            slo_met=objectives_met(metadata, state, latency_s, ttft_s, tpot_s),
         )
+        self.monitor.record(sample)
+        if self.request_observer is not None:
+            self.request_observer.ended(handle, sample)
 
     def _on_instance_changed(self, effect: fx.InstanceChanged) -> None:
         if effect.previous is None:
@@ -366,9 +444,7 @@ class ControlLoop:
                 self.journal.instance_kept(record)
         elif effect.state in {InstanceState.UNHEALTHY, InstanceState.LOST}:
             self.health.probe_soon(effect.instance_id)
-            self.monitor.fault(
-                f"instance became {effect.state.name}: {effect.reason}", instance_id=effect.instance_id
-            )
+        self.reporter.instance_changed(effect)
         logger.info(
             "instance changed",
             extra={
@@ -393,14 +469,15 @@ class ControlLoop:
         self._journal_trouble = trouble
         if trouble:
             logger.error("the journal is in trouble", extra={"reason": trouble})
-            self.monitor.fault(f"journal: {trouble}")
+            self.reporter.trouble(f"journal: {trouble}")
         else:
             logger.info("the journal is well again")
+            self.reporter.trouble_over("the journal is well again")
 
     def _on_fail_static_changed(self, effect: fx.FailStaticChanged) -> None:
         title = "fail static" if effect.active else "fail static is over"
         logger.log(logging.WARNING if effect.active else logging.INFO, title, extra={"reason": effect.why})
-        self.monitor.fault(f"{title}: {effect.why}")
+        self.reporter.fail_static_changed(effect)
 
     # -- time ----------------------------------------------------------------------
 
@@ -432,6 +509,11 @@ class ControlLoop:
                     self._perform(self._handle(ev.ClockAdvanced(), now), now)
                 self.requests.drop_old(now)
                 self._look_at_journal()
+                self.reporter.advance(now)
+                if now - self._drift_look_s >= DRIFT_INTERVAL_S:
+                    self._drift_look_s = now
+                    self.reporter.look_at_predictions(self.scheduler.book.accuracy.summary())
+                self._scheduling_runs.note(now)
             except Exception:
                 # A net with a hole is still a net.
                 logger.exception("scheduling pass crashed")

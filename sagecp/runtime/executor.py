@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sagecp.config import EngineConfig
@@ -158,6 +158,7 @@ class ExecutionCoordinator:
         model_name: str = "",
         continuation: Continuation | None = None,
         timeout_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> ExecutionResult:
         """Run one request on one instance, to its end.
 
@@ -173,6 +174,7 @@ class ExecutionCoordinator:
             continuation: What earlier attempts produced, to go on after. The
                 sink gets what is new; the outcome's counts are this attempt's own.
             timeout_s: What is left of the request's deadline; the engine does not work longer.
+            headers: Further headers of the call, such as a trace context.
 
         Raises:
             EngineError: It did not complete.
@@ -184,6 +186,8 @@ class ExecutionCoordinator:
         call: EngineCall | None = None
         if continuation is None:
             call = make_engine_call(request, model, token_ids=self._config.token_ids, request_id=request_id)
+            if headers:
+                call = dataclasses.replace(call, headers=headers)
         timeouts = self._timeouts
         if timeout_s is not None:
             timeouts = dataclasses.replace(timeouts, total_s=timeout_s)
@@ -196,7 +200,10 @@ class ExecutionCoordinator:
         self._started += 1
         try:
             if call is not None:
-                outcome = await engine.client.generate(call, taker, timeouts)
+                generating = engine.client.generate(call, taker, timeouts)
+                # The client keeps it as long as it needs it.
+                call = None
+                outcome = await generating
             else:
                 assert continuation is not None  # noqa: S101 - one or the other
                 outcome = await continue_generation(
@@ -207,6 +214,7 @@ class ExecutionCoordinator:
                     taker,
                     timeouts,
                     request_id=request_id,
+                    headers=headers,
                 )
         except asyncio.CancelledError:
             self._aborted += 1

@@ -34,6 +34,7 @@ class HealthLoop:
         report: Takes what was found.
         interval_s: Between probes of healthy instances.
         concurrency: Most probes at once.
+        note: Called whenever it was looked who is to be probed.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class HealthLoop:
         report: Callable[[HealthProbed], None],
         interval_s: float,
         concurrency: int = 256,
+        note: Callable[[], None] = lambda: None,
     ) -> None:
+        self._note = note
         self._coordinator = coordinator
         self._targets = targets
         self._report = report
@@ -67,6 +70,7 @@ class HealthLoop:
             while True:
                 self._wake.clear()
                 self._wake_s = self._start_due(loop.time())
+                self._note()
                 # Not wait_for: in Python 3.11 it loses a cancellation that meets the event.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(self._wake_s):

@@ -7,17 +7,23 @@ import contextlib
 import dataclasses
 import datetime as dt
 import logging
-import secrets
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
 from sagecp.config import EngineConfig, RuntimeConfig
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
+from sagecp.core.engine_state import LoraAdapter
 from sagecp.core.errors import (
+    DrainRefusedError,
+    FieldViolation,
+    IllegalOrderError,
+    InvalidRequestError,
     RequestFailedError,
     RequestIdConflictError,
     RequestNotFoundError,
+    SageError,
     ShuttingDownError,
 )
 from sagecp.core.instance_record import InstanceRecord
@@ -37,13 +43,21 @@ from sagecp.core.validation import check_instance, check_request
 from sagecp.runtime.control_loop import ControlLoop, EventListener
 from sagecp.runtime.engines.base import EngineDelta
 from sagecp.runtime.engines.request_body import body_violations, engine_request_id
+from sagecp.runtime.event_log import EventLog
 from sagecp.runtime.executor import ClientFactory, ExecutionCoordinator
-from sagecp.runtime.monitor import DEFAULT_WINDOW_S, MetricsKey, Monitor
+from sagecp.runtime.fleet_metrics import fleet_metrics
+from sagecp.runtime.heartbeat_counts import BAD_FIGURE, HeartbeatCounts
+from sagecp.runtime.metrics_table import MetricsTable
+from sagecp.runtime.monitor import DEFAULT_WINDOW_S, Monitor
+from sagecp.runtime.monitor_keys import EVERYTHING, MetricsDimension, MetricsKey
 from sagecp.runtime.policy_evaluation import PolicyEvaluator
-from sagecp.runtime.reports import control_plane_status, fleet_metrics
+from sagecp.runtime.reports import control_plane_status
+from sagecp.runtime.request_observer import RequestObserver
 from sagecp.runtime.requests import Reading, RequestHandle, RequestTable, fingerprint
 from sagecp.runtime.restart import ended_handle
-from sagecp.runtime.store.base import Store, StoreError
+from sagecp.runtime.store.base import Store, StoreError, StoreStatus
+from sagecp.runtime.tracing.base import RequestTracer
+from sagecp.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +65,11 @@ POSITION_QUEUE_LIMIT = 10_000
 """In a longer queue of its model nobody is told a request's position."""
 SUBMIT_POSITION_QUEUE_LIMIT = 100
 """Likewise, of who submits: to count those ahead must not cost more than to accept the request."""
+
+
+def new_request_id() -> str:
+    """Return an id for a request whose caller named none."""
+    return f"req-{os.urandom(10).hex()}"
 
 
 class ControlPlaneManager:
@@ -72,6 +91,7 @@ class ControlPlaneManager:
             that stays with ``priority``.
         on_event: Told every event of the core with its answer, for event logs.
         store: Keeps durable requests over restarts; ``None``: none is durable.
+        tracer: Makes traces of requests; ``None``: nobody does.
 
     Raises:
         UnknownNameError: A name is not known; lists those that are.
@@ -93,6 +113,7 @@ class ControlPlaneManager:
         policy_evaluator: PolicyEvaluator | None = None,
         on_event: EventListener | None = None,
         store: Store | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         base = scheduler or SchedulerConfig()
         self.runtime_config = runtime or RuntimeConfig()
@@ -105,7 +126,7 @@ class ControlPlaneManager:
             )
         )
         self.coordinator = ExecutionCoordinator(engine, client_factory)
-        self.monitor = Monitor(enabled=enable_monitoring)
+        self.monitor = Monitor(enabled=enable_monitoring, start_s=clock())
         self._loop = ControlLoop(
             self.scheduler,
             self.coordinator,
@@ -115,6 +136,7 @@ class ControlPlaneManager:
             policy_evaluator,
             on_event,
             store,
+            tracer,
         )
         self._store = store
         self._draining_cut_s: float | None = None
@@ -122,6 +144,7 @@ class ControlPlaneManager:
         self._clock = clock
         self._start_s = clock()
         self._accepting = False
+        self._heartbeats = HeartbeatCounts(self.runtime_config.heartbeat_interval_s)
 
     # -- life ----------------------------------------------------------------------
 
@@ -135,6 +158,7 @@ class ControlPlaneManager:
             await self._loop.open_journal()
             self._accepting = True
             self._loop.start(monitoring=self._enable_monitoring)
+            self._loop.reporter.control_plane(f"the control plane started, version {__version__}")
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests, and wait for those that run; return whether all of them ended.
@@ -142,6 +166,7 @@ class ControlPlaneManager:
         Durable requests that wait stay for the next start, and readers are told.
         """
         self._accepting = False
+        self._loop.reporter.control_plane("the control plane takes no new requests, and stops")
         self._draining_cut_s = time.time() + timeout_s
         for handle in self._loop.requests.live():
             handle.output.stir()
@@ -157,7 +182,11 @@ class ControlPlaneManager:
         Durable requests that are left go on at the next start; others end as FAILED.
         """
         self._accepting = False
+        was_running = self._loop.running
         await self._loop.stop()
+        if was_running:
+            self._loop.reporter.control_plane("the control plane stopped")
+        self._loop.events.close()
         await self.coordinator.close()
 
     @property
@@ -188,7 +217,7 @@ class ControlPlaneManager:
         return self.status_of(handle, SUBMIT_POSITION_QUEUE_LIMIT)
 
     async def accept(
-        self, request: RequestMetadata, *, durable: bool, checked: bool = False
+        self, request: RequestMetadata, *, durable: bool, checked: bool = False, fresh_id: bool = False
     ) -> tuple[RequestHandle, bool]:
         """Accept a request and return its handle, and whether it is new. Errors: as `submit_request`.
 
@@ -197,6 +226,7 @@ class ControlPlaneManager:
             durable: Whether it survives a restart where it does not say so itself, as far
                 as there is a store. Then this returns once that is certain.
             checked: Its fields were checked already.
+            fresh_id: Its id was just made by :func:`new_request_id`, so that it repeats nothing.
         """
         if not checked:
             check_request(request, body_violations(request))
@@ -207,7 +237,10 @@ class ControlPlaneManager:
                     "this control plane keeps no journal, so that nothing survives its restart; leave the "
                     "durability out, or start it with --journal"
                 )
-        if request.request_id:
+        digest = b""
+        if not request.request_id:
+            request = dataclasses.replace(request, request_id=new_request_id())
+        elif not fresh_id:
             digest = fingerprint(request)
             known = await self._find(request.tenant_id, request.request_id)
             if known is not None:
@@ -215,9 +248,6 @@ class ControlPlaneManager:
                     raise RequestIdConflictError(request.request_id)
                 await self._certain(known)
                 return known, False
-        else:
-            request = dataclasses.replace(request, request_id=f"req-{secrets.token_hex(10)}")
-            digest = b""
         if not self._accepting:
             raise ShuttingDownError(
                 "the control plane does not take requests; it is stopping or not started", retry_after_s=1.0
@@ -229,11 +259,8 @@ class ControlPlaneManager:
     @staticmethod
     async def _certain(handle: RequestHandle) -> None:
         """Return once a request is accepted for certain."""
-        if handle.accepted is not None and not handle.accepted.done():
-            # Others may wait for it as well.
-            await asyncio.shield(handle.accepted)
-        elif handle.accepted is not None:
-            handle.accepted.result()
+        if handle.accepted is not None:
+            await handle.accepted.wait()
 
     async def find_request(self, tenant_id: str, request_id: str) -> RequestHandle:
         """Return a request, from the store if it ended longer ago.
@@ -337,6 +364,10 @@ class ControlPlaneManager:
         """Return one receipt per dispatch of a request."""
         return tuple(handle.record.decisions)
 
+    def recent_decisions(self) -> tuple[SchedulingDecision, ...]:
+        """Return the receipts of the latest dispatches, the latest last."""
+        return tuple(self._loop.recent_decisions)
+
     def _queue_position(self, handle: RequestHandle, limit: int) -> int | None:
         record, queue = handle.record, self.scheduler.queue
         # To count those ahead takes a look at each, while everything else waits.
@@ -347,13 +378,16 @@ class ControlPlaneManager:
 
     # -- fleet ---------------------------------------------------------------------
 
-    def register_instance(self, instance: ExecutionInstance, incarnation: int = 0) -> None:
+    def register_instance(
+        self, instance: ExecutionInstance, incarnation: int = 0, agent_version: str = ""
+    ) -> None:
         """Add an instance, or replace an older incarnation of it.
 
         Args:
             instance: What it is.
             incarnation: 0 for an instance without an agent: the control plane
                 probes its health itself.
+            agent_version: For operators; ``""``: unknown.
 
         Raises:
             InvalidRequestError: Names every bad field.
@@ -361,7 +395,7 @@ class ControlPlaneManager:
             FleetFullError: The bound on instances is reached.
         """
         check_instance(instance)
-        self._loop.feed(ev.InstanceRegistered(instance, incarnation))
+        self._loop.feed(ev.InstanceRegistered(instance, incarnation, agent_version=agent_version))
         if incarnation == 0:
             self._loop.health.probe_soon(instance.instance_id)
 
@@ -376,14 +410,43 @@ class ControlPlaneManager:
         self._loop.feed(ev.InstanceDeregistered(instance_id, incarnation, cause))
         return in_flight_count
 
-    def heartbeat(self, beat: ev.HeartbeatReceived) -> None:
+    def issue_lease_token(self, instance_id: str, incarnation: int) -> bytes:
+        """Return the secret by which the heartbeats of a registration just made show whose they are."""
+        return self._loop.lease_tokens.issue(instance_id, incarnation)
+
+    def heartbeat(self, beat: ev.HeartbeatReceived, lease_token: bytes | None = None) -> None:
         """Take an agent's report.
+
+        Args:
+            beat: The report.
+            lease_token: What it carried to show whose it is; ``b""``: nothing; ``None``: it
+                needs to show nothing.
 
         Raises:
             InstanceNotFoundError: Register first.
             StaleIncarnationError: A newer incarnation is registered.
+            PermissionDeniedError: It carries another token than its registration.
         """
+        if lease_token is not None:
+            record = self.scheduler.fleet.get(beat.instance_id, beat.incarnation)
+            # That of another incarnation is refused below, and must not come to own a token here.
+            if record.incarnation == beat.incarnation:
+                self._loop.lease_tokens.check(beat.instance_id, beat.incarnation, lease_token)
         self._loop.feed(beat)
+        self._heartbeats.note_taken(self._clock())
+        if beat.refusals:
+            self._note_refusal(beat.instance_id, BAD_FIGURE, "; ".join(beat.refusals))
+
+    def refuse_heartbeat(self, instance_id: str, error: SageError) -> None:
+        """Note that a report was refused as a whole."""
+        self._loop.feed(ev.HeartbeatRefused(instance_id, error.message))
+        self._note_refusal(instance_id, error.reason.name, error.message)
+
+    def _note_refusal(self, instance_id: str, reason: str, why: str) -> None:
+        self._heartbeats.refused_counts[reason] += 1
+        # However many ids somebody invents, all of them are nobody's.
+        name = instance_id if self.scheduler.fleet.find(instance_id) is not None else ""
+        self._loop.reporter.heartbeat_refused(name, reason, why, self._clock())
 
     def orphans(self, instance_id: str, engine_request_ids: Iterable[str]) -> list[str]:
         """Return those of an engine's requests that the control plane does not have there.
@@ -395,6 +458,71 @@ class ControlPlaneManager:
         record = self.scheduler.fleet.get(instance_id)
         known = {engine_request_id(each.request_id, each.epoch) for each in record.in_flight.values()}
         return [engine_id for engine_id in engine_request_ids if engine_id not in known]
+
+    def sleep_instance(
+        self,
+        instance_id: str,
+        level: int = 1,
+        *,
+        wake: bool = False,
+        incarnation: int = 0,
+        grace_s: float | None = None,
+        force: bool = False,
+        cause: str = "",
+    ) -> None:
+        """Drain an instance and have its engine sleep, or wake it up so that it takes work again.
+
+        Args:
+            instance_id: The instance.
+            level: 1: weights go to the host's memory. 2: weights are dropped.
+            wake: Undo it; without an order to sleep that changes nothing.
+            incarnation: As for :meth:`drain_instance`; the rest likewise.
+            grace_s: See ``incarnation``.
+            force: See ``incarnation``.
+            cause: See ``incarnation``.
+
+        Raises:
+            InvalidRequestError: There is no such level.
+            IllegalOrderError: The engine cannot sleep, or nobody could tell it.
+            InstanceNotFoundError: As :meth:`drain_instance`; the rest likewise.
+            StaleIncarnationError: See there.
+            DrainRefusedError: See there.
+        """
+        if level not in {1, 2}:
+            raise InvalidRequestError([FieldViolation("level", f"is {level}; must be 1 or 2")])
+        order = "waking up" if wake else f"sleep at level {level}"
+        self._order(
+            ev.DrainRequested(
+                instance_id, wake, incarnation, grace_s, force, cause, level if not wake else 1
+            ),
+            order,
+        )
+
+    def set_lora_adapters(self, instance_id: str, adapters: Iterable[LoraAdapter] | None) -> None:
+        """Say which LoRA adapters an engine should have loaded. Its agent sees to it.
+
+        Args:
+            instance_id: The instance.
+            adapters: All of them; ``None``: what is loaded stays.
+
+        Raises:
+            InstanceNotFoundError: It is not registered.
+            IllegalOrderError: The engine cannot load any while it runs, or nobody could tell it.
+        """
+        wanted = None if adapters is None else tuple(adapters)
+        names = "any" if wanted is None else ", ".join(each.name for each in wanted) or "none"
+        self._order(ev.LoraAdaptersRequested(instance_id, wanted), f"LoRA adapters ({names})")
+
+    def _order(self, event: ev.DrainRequested | ev.LoraAdaptersRequested, order: str) -> None:
+        """Give an order, have it survive a restart, and tell operators what became of it."""
+        cause = event.cause if isinstance(event, ev.DrainRequested) else ""
+        try:
+            self._loop.feed(event)
+        except (DrainRefusedError, IllegalOrderError) as error:
+            self._loop.reporter.ordered(event.instance_id, order, refusal=error.message)
+            raise
+        self._loop.reporter.ordered(event.instance_id, order, cause=cause)
+        self._loop.keep_instance(event.instance_id)
 
     def drain_instance(
         self,
@@ -424,8 +552,8 @@ class ControlPlaneManager:
             StaleIncarnationError: A newer incarnation is registered.
             DrainRefusedError: The rest of the fleet could not carry the load; says what is missing.
         """
-        self._loop.feed(ev.DrainRequested(instance_id, undo, incarnation, grace_s, force, cause))
-        self._loop.keep_instance(instance_id)
+        order = "undoing the drain" if undo else "drain"
+        self._order(ev.DrainRequested(instance_id, undo, incarnation, grace_s, force, cause), order)
 
     async def journal_written(self) -> None:
         """Return once everything that happened so far survives a restart, as far as it can for now."""
@@ -433,6 +561,11 @@ class ControlPlaneManager:
             # In trouble it writes later, and says so to operators.
             with contextlib.suppress(StoreError):
                 await self._store.flush()
+
+    @property
+    def events(self) -> EventLog:
+        """What happened to the fleet of late."""
+        return self._loop.events
 
     @property
     def requests(self) -> RequestTable:
@@ -503,10 +636,45 @@ class ControlPlaneManager:
         return self.scheduler.book.accuracy.summary()
 
     def get_metrics(
-        self, window_s: float = DEFAULT_WINDOW_S, match: MetricsKey | None = None
+        self, window_s: float = DEFAULT_WINDOW_S, match: MetricsKey = EVERYTHING
     ) -> PerformanceMetrics:
         """Return how the fleet does, or the part of it that passes a filter."""
-        return fleet_metrics(self.scheduler, self.monitor, self._clock(), window_s, match or MetricsKey())
+        return self.metrics_table(window_s, match).metrics(0)
+
+    def metrics_table(
+        self,
+        window_s: float = DEFAULT_WINDOW_S,
+        match: MetricsKey = EVERYTHING,
+        dimension: MetricsDimension | None = None,
+        now: float | None = None,
+    ) -> MetricsTable:
+        """Return how the fleet does, by group; without a dimension, as one group.
+
+        Args:
+            window_s: Of rates and quantiles.
+            match: The filter.
+            dimension: What to group by; ``None``: nothing.
+            now: The end of the window, on the core's clock, where two tables shall be of one time.
+        """
+        now = self._clock() if now is None else now
+        return fleet_metrics(self.scheduler, self.monitor, now, window_s, match, dimension)
+
+    def now(self) -> float:
+        """Return the time on the core's clock."""
+        return self._clock()
+
+    @property
+    def heartbeat_counts(self) -> HeartbeatCounts:
+        """How many heartbeats were taken and refused. For reading only."""
+        return self._heartbeats
+
+    def observe_requests(self, observer: RequestObserver) -> None:
+        """Have an observer told what happens to requests from now on, in place of an earlier one."""
+        self._loop.request_observer = observer
+
+    def store_status(self) -> StoreStatus | None:
+        """Return how the store does; ``None``: there is none."""
+        return None if self._store is None else self._store.status()
 
     def get_status(self) -> ControlPlaneStatus:
         """Return the state of the control plane."""
@@ -514,8 +682,11 @@ class ControlPlaneManager:
         return control_plane_status(
             self.scheduler,
             self.monitor,
+            self._loop.events,
             start_time_s=self.wall_time(self._start_s),
             uptime_s=now - self._start_s,
             accepting=self._accepting,
             policy_reason=self.why_policy(),
+            loops=(*self._loop.loop_statuses(), self._heartbeats.runs.status(self.wall_time(0.0))),
+            heartbeats=self._heartbeats,
         )

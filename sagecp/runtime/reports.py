@@ -1,51 +1,40 @@
-"""What operators are told of the whole: figures, and the state of the control plane."""
+"""What operators are told of the state of the control plane."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 from sagecp.core.scheduler import Scheduler
-from sagecp.core.types import ControlPlaneStatus, PerformanceMetrics
-from sagecp.runtime.monitor import MetricsKey, Monitor
+from sagecp.core.types import ControlPlaneStatus, LoopStatus, RecentFault
+from sagecp.runtime.event_log import EventLog
+from sagecp.runtime.heartbeat_counts import HeartbeatCounts
+from sagecp.runtime.monitor import Monitor
+from sagecp.runtime.process_figures import cpu_seconds, resident_memory_bytes
 from sagecp.version import __version__
 
+MAX_TENANT_COUNT = 100
+"""Most tenants whose waiting requests are told, those with the most."""
 
-def fleet_metrics(
-    scheduler: Scheduler, monitor: Monitor, now: float, window_s: float, match: MetricsKey
-) -> PerformanceMetrics:
-    """Return how the fleet does, or the part of it that passes a filter."""
-    everything = match == MetricsKey()
-    queued = len(scheduler.queue) if everything else 0
-    active = scheduler.active_count if everything else 0
-    for record in () if everything else scheduler.requests():
-        metadata = record.metadata
-        instance_id = "" if record.queued else record.instance_id
-        if match.matches(MetricsKey(record.model, instance_id, metadata.tenant_id, metadata.priority)):
-            queued += record.queued
-            active += not record.queued
-    gpus = [
-        gpu
-        for instance in scheduler.fleet
-        if (not match.instance_id or match.instance_id == instance.instance_id)
-        and (not match.model or match.model in instance.spec.served_models)
-        for gpu in instance.gpus
-    ]
-    return monitor.metrics(
-        now,
-        active_count=active,
-        queued_count=queued,
-        gpus=gpus,
-        window_s=window_s,
-        match=match,
+
+def recent_faults(events: EventLog) -> tuple[RecentFault, ...]:
+    """Return the latest events that somebody should look at, newest first."""
+    return tuple(
+        RecentFault(event.time_s, event.message, event.instance_id, event.request_id)
+        for event in reversed(events.warnings)
     )
 
 
 def control_plane_status(
     scheduler: Scheduler,
     monitor: Monitor,
+    events: EventLog,
     *,
     start_time_s: float,
     uptime_s: float,
     accepting: bool,
     policy_reason: str,
+    loops: tuple[LoopStatus, ...],
+    heartbeats: HeartbeatCounts,
 ) -> ControlPlaneStatus:
     """Return the state of the control plane. Times in Unix seconds."""
     settings = scheduler.settings.current
@@ -67,5 +56,21 @@ def control_plane_status(
         queue_capacity=scheduler.queue.max_request_count,
         event_loop_lag_s=monitor.event_loop_lag_s,
         models=scheduler.fleet.models(),
-        recent_faults=monitor.recent_faults(),
+        recent_faults=recent_faults(events),
+        queued_count_by_tenant=_queued_count_by_tenant(scheduler),
+        loops=loops,
+        heartbeat_count=heartbeats.runs.count,
+        refused_heartbeat_count_by_reason=dict(heartbeats.refused_counts),
+        cpu_seconds=cpu_seconds(),
+        resident_memory_bytes=resident_memory_bytes(),
+        last_event_sequence=events.last_sequence,
+        lease_duration_s=scheduler.config.lease_duration_s,
     )
+
+
+def _queued_count_by_tenant(scheduler: Scheduler) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for (_, tenant_id, _), count in scheduler.queue.kinds.items():
+        if tenant_id:
+            counts[tenant_id] += count
+    return dict(counts.most_common(MAX_TENANT_COUNT))

@@ -49,7 +49,9 @@ class GetMetricsRequest(_message.Message):
     """Only this priority. Absent: all."""
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
-        """Window of rates and quantiles: 1 minute, 5 minutes or 1 hour. Absent: 5 minutes."""
+        """Window of rates and quantiles, 1 s to 1 hour; made for 1 minute, 5 minutes and 1 hour.
+        The answer says what it became. Absent: 5 minutes.
+        """
 
     def __init__(
         self,

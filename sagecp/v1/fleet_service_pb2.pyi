@@ -576,6 +576,7 @@ class HeartbeatRequest(_message.Message):
     ENGINE_PROCESS_FIELD_NUMBER: _builtins.int
     LEASE_TOKEN_FIELD_NUMBER: _builtins.int
     ORDER_TROUBLE_FIELD_NUMBER: _builtins.int
+    KV_CACHE_UPDATE_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """The instance."""
     incarnation: _builtins.int
@@ -623,6 +624,12 @@ class HeartbeatRequest(_message.Message):
     def engine_process(self) -> _instance_pb2.EngineProcess:
         """The engine's process, where the agent supervises it."""
 
+    @_builtins.property
+    def kv_cache_update(self) -> Global___KvCacheUpdate:
+        """What changed in the engine's prefix cache. Absent: nothing, or the agent
+        does not follow it.
+        """
+
     def __init__(
         self,
         *,
@@ -640,14 +647,67 @@ class HeartbeatRequest(_message.Message):
         engine_process: _instance_pb2.EngineProcess | None = ...,
         lease_token: _builtins.bytes = ...,
         order_trouble: _builtins.str = ...,
+        kv_cache_update: Global___KvCacheUpdate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["agent_time", b"agent_time", "engine", b"engine", "engine_process", b"engine_process"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent_time", b"agent_time", "engine", b"engine", "engine_process", b"engine_process", "kv_cache_update", b"kv_cache_update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_request_ids", b"active_request_ids", "agent_time", b"agent_time", "condition_reason", b"condition_reason", "engine", b"engine", "engine_condition", b"engine_condition", "engine_process", b"engine_process", "goodbye", b"goodbye", "gpu_absent_reason", b"gpu_absent_reason", "gpus", b"gpus", "incarnation", b"incarnation", "instance_id", b"instance_id", "lease_token", b"lease_token", "order_trouble", b"order_trouble", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_request_ids", b"active_request_ids", "agent_time", b"agent_time", "condition_reason", b"condition_reason", "engine", b"engine", "engine_condition", b"engine_condition", "engine_process", b"engine_process", "goodbye", b"goodbye", "gpu_absent_reason", b"gpu_absent_reason", "gpus", b"gpus", "incarnation", b"incarnation", "instance_id", b"instance_id", "kv_cache_update", b"kv_cache_update", "lease_token", b"lease_token", "order_trouble", b"order_trouble", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class KvCacheUpdate(_message.Message):
+    """KvCacheUpdate says which prefixes an engine has cached, so that a prompt can
+    be sent where its start is.
+
+    Blocks are named as the control plane names those of prompts given as token
+    ids: 256 tokens each, full ones alone, by a 64-bit BLAKE2b hash that covers
+    the block, all before it and the name of the model. Blocks of LoRA adapters,
+    of prompts with images and of salted ones are left out.
+
+    An agent begins on each stream, and after each registration, with a reset
+    and tells all that the engine has, over several beats where it is much.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    STORED_BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    REMOVED_BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Number of the update since the last reset, which has 1. A number that does
+    not follow the last is taken for a reset.
+    """
+    reset: _builtins.bool
+    """Whatever was told before is void."""
+    @_builtins.property
+    def stored_block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that the engine has now, each after those that it builds on. An
+        update has at most 4096 hashes, both lists together.
+        """
+
+    @_builtins.property
+    def removed_block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that it has no more, each after those that build on it."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        reset: _builtins.bool = ...,
+        stored_block_hashes: _abc.Iterable[_builtins.int] | None = ...,
+        removed_block_hashes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed_block_hashes", b"removed_block_hashes", "reset", b"reset", "sequence", b"sequence", "stored_block_hashes", b"stored_block_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCacheUpdate: _TypeAlias = KvCacheUpdate  # noqa: Y015
 
 @_typing.final
 class HeartbeatResponse(_message.Message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from sagecp.core.duration_quantiles import DurationQuantiles
@@ -24,6 +25,12 @@ _SCALARS = tuple(
 )
 _CAPABILITIES = frozenset(each.value for each in EngineCapability)
 _PROCESS_STATES = frozenset(each.value for each in EngineProcessState)
+
+
+class _Draft:
+    """What becomes gauges: it has the slots of them, and is not frozen."""
+
+    __slots__ = tuple(field.name for field in dataclasses.fields(EngineGauges))
 
 
 def quantiles_to_proto(value: DurationQuantiles) -> metrics_pb2.DurationQuantiles:
@@ -63,14 +70,47 @@ def gauges_to_proto(gauges: EngineGauges) -> pb.EngineGauges:
 
 def gauges_from_proto(message: pb.EngineGauges) -> EngineGauges:
     """Return gauges as they are; an absent one is unknown, not zero."""
-    values: dict[str, Any] = {descriptor.name: value for descriptor, value in message.ListFields()}
-    for name in _QUANTILES:
-        if name in values:
-            values[name] = quantiles_from_proto(values[name])
-    for name in _REPEATED:
-        if name in values:
-            values[name] = tuple(values[name])
-    return EngineGauges(**values)
+    # As readings of GPUs are made, and for the same reason.
+    draft: Any = object.__new__(_Draft)
+    has = message.HasField
+    draft.running_request_count = message.running_request_count or (
+        0 if has("running_request_count") else None
+    )
+    draft.waiting_request_count = message.waiting_request_count or (
+        0 if has("waiting_request_count") else None
+    )
+    draft.prefix_cache_query_token_count = message.prefix_cache_query_token_count or (
+        0 if has("prefix_cache_query_token_count") else None
+    )
+    draft.prefix_cache_hit_token_count = message.prefix_cache_hit_token_count or (
+        0 if has("prefix_cache_hit_token_count") else None
+    )
+    draft.prompt_token_count = message.prompt_token_count or (0 if has("prompt_token_count") else None)
+    draft.generation_token_count = message.generation_token_count or (
+        0 if has("generation_token_count") else None
+    )
+    draft.preemption_count = message.preemption_count or (0 if has("preemption_count") else None)
+    draft.finished_request_count = message.finished_request_count or (
+        0 if has("finished_request_count") else None
+    )
+    draft.key_value_cache_usage = message.key_value_cache_usage or (
+        0.0 if has("key_value_cache_usage") else None
+    )
+    draft.max_key_value_cache_usage = message.max_key_value_cache_usage or (
+        0.0 if has("max_key_value_cache_usage") else None
+    )
+    draft.sleeping = message.sleeping or (False if has("sleeping") else None)
+    draft.ttft = quantiles_from_proto(message.ttft) if has("ttft") else None
+    draft.inter_token_latency = (
+        quantiles_from_proto(message.inter_token_latency) if has("inter_token_latency") else None
+    )
+    draft.queue_wait = quantiles_from_proto(message.queue_wait) if has("queue_wait") else None
+    loaded, running = message.loaded_lora_adapters, message.running_lora_adapters
+    draft.loaded_lora_adapters = tuple(loaded) if loaded else ()
+    draft.running_lora_adapters = tuple(running) if running else ()
+    draft.__class__ = EngineGauges
+    gauges: EngineGauges = draft
+    return gauges
 
 
 def capabilities_from_proto(numbers: list[int]) -> frozenset[EngineCapability]:

@@ -13,7 +13,7 @@ import pytest
 from sagecp.config import ConfigError, ConsoleConfig, ServerConfig
 from sagecp.core.types import InstanceState
 from tests.console.conftest import Console, running_console
-from tests.support.rpc_rig import until
+from tests.support.waiting import until
 
 ACTING = {"X-Sagecp-Console": "1"}
 CANARY = "zanzibar-canary-prompt"
@@ -88,7 +88,7 @@ async def test_a_viewer_gets_the_whole_and_then_what_changes(console: Console) -
 async def test_decisions_are_shown_with_their_receipts_and_nothing_of_the_prompt(console: Console) -> None:
     engine = await console.rig.add_engine("e1")
     await console.rig.submit("r-1", CANARY)
-    await until(lambda: engine.calls, "the request runs")
+    await until(lambda: bool(engine.calls), "the request runs")
     async with console.http.get(f"{console.url}/api/snapshot") as response:
         text = await response.text()
     (decision,) = json.loads(text)["decisions"]

@@ -11,7 +11,7 @@ import pytest
 from playwright.async_api import Browser, Page, async_playwright, expect
 
 from tests.console.conftest import Console, running_console
-from tests.support.rpc_rig import until
+from tests.support.waiting import until
 
 WIDE = {"width": 1360, "height": 900}
 
@@ -76,7 +76,7 @@ async def test_a_decision_and_its_receipt(console: Console, browser: Browser) ->
     page, troubles = await open_page(browser, console)
     # Names are text, whatever they look like.
     await console.rig.submit("r-1", "hello", user_id="<b>ann</b>")
-    await until(lambda: engine.calls or console.rig.fleet["e2"].calls, "the request runs")
+    await until(lambda: bool(engine.calls or console.rig.fleet["e2"].calls), "the request runs")
     row = page.locator("#decision-rows tr").first
     await expect(row).to_contain_text("r-1")
     await row.click()

@@ -158,7 +158,6 @@ async def test_the_configuration_and_what_could_be_chosen(rig: Rig) -> None:
 
 LATER = {
     "PlanParallelism": pb.PlanParallelismRequest(),
-    "WatchMetrics": pb.WatchMetricsRequest(),
 }
 
 

@@ -25,8 +25,9 @@ from sagecp.v1 import (
 )
 from tests.rpc.test_tracing import collecting
 from tests.support.processes import free_ports
-from tests.support.rpc_rig import WAIT_S, until
+from tests.support.rpc_rig import WAIT_S
 from tests.support.scripted_engine import Request, scripted_engine, sse
+from tests.support.waiting import until
 
 # What users wrote, in every form that a prompt can take, and what an engine answered.
 SAID = {
@@ -89,7 +90,7 @@ async def test_a_canary_is_nowhere(tmp_path: Path) -> None:
             async with asyncio.timeout(30):
                 assert await process.wait() == 0
         seen.append(str(collector.spans))
-        await until(lambda: collector.named("request"), "a trace")
+        await until(lambda: bool(collector.named("request")), "a trace")
     text = log.read_text()
     seen.append(text)
     lines = [json.loads(line) for line in text.splitlines()]

@@ -43,6 +43,7 @@ from tests.support.rpc_rig import (
     request_spec,
     running_rig,
 )
+from tests.support.samples import samples_of
 from tests.support.waiting import until
 
 pb = admin_service_pb2
@@ -377,12 +378,11 @@ async def test_how_right_predictions_were_is_told(rig: Rig) -> None:
     assert found["ttft"].sample_count == 3
     assert found["ttft"].bias > 0
     assert 0 < found["ttft"].median_error <= found["ttft"].p90_error
-    registry = rig.server.registry
+    samples = await samples_of(rig)
     for quantity, each in found.items():
         for stat, value in (("bias", each.bias), ("median", each.median_error), ("p90", each.p90_error)):
-            labels = {"quantity": quantity, "stat": stat}
-            assert registry.get_sample_value("sagecp_prediction_error_ratio", labels) == value
-        compared = registry.get_sample_value("sagecp_predictions_compared_total", {"quantity": quantity})
+            assert samples["sagecp_prediction_error_ratio", ("quantity", quantity), ("stat", stat)] == value
+        compared = samples["sagecp_predictions_compared_total", ("quantity", quantity)]
         assert compared == each.sample_count
 
 
@@ -407,8 +407,10 @@ async def test_what_the_engine_counted_reaches_the_core(rig: Rig, monkeypatch: p
     call.complete(EngineOutcome(("stop",), None, None, None))
     await until(lambda: len(seen) == 2)
     assert seen == [
-        ev.AttemptSucceeded("known", 1, 2, prompt_token_count=70, cached_prompt_token_count=64),
-        ev.AttemptSucceeded("unknown", 1, 1),
+        ev.AttemptSucceeded(
+            "known", 1, 2, prompt_token_count=70, cached_prompt_token_count=64, finish_reasons=("stop",)
+        ),
+        ev.AttemptSucceeded("unknown", 1, 1, finish_reasons=("stop",)),
     ]
 
 

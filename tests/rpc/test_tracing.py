@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,8 +23,9 @@ from sagecp.v1 import (
     request_pb2,
 )
 from sagecp.v1 import inference_service_pb2_grpc as inference_grpc
-from tests.support.rpc_rig import MODEL, WAIT_S, request_spec, until
+from tests.support.rpc_rig import MODEL, WAIT_S, request_spec
 from tests.support.scripted_engine import DONE, Request, scripted_engine, sse
+from tests.support.waiting import until
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT_ID = "b7ad6b7169203331"
@@ -57,7 +59,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 async def collecting() -> AsyncIterator[Collector]:
     collector = Collector()
     server = grpc.aio.server()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
     collector.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:
@@ -91,6 +93,10 @@ def answers(*texts: str) -> Any:
     return script
 
 
+def is_ready(server: ControlPlaneServer, instance_id: str) -> bool:
+    return server.manager.instance(instance_id).state.name == "READY"
+
+
 @contextlib.asynccontextmanager
 async def control_plane(tracing: TracingConfig, *urls: str) -> AsyncIterator[grpc.aio.Channel]:
     """Run a server whose fleet is these engines; yield a channel to it."""
@@ -105,7 +111,7 @@ async def control_plane(tracing: TracingConfig, *urls: str) -> AsyncIterator[grp
                 await fleet.RegisterInstance(
                     fleet_service_pb2.RegisterInstanceRequest(spec=spec), timeout=WAIT_S
                 )
-                await until(lambda n=number: server.manager.instance(f"e{n}").state.name == "READY", "ready")
+                await until(functools.partial(is_ready, server, f"e{number}"), "ready")
             yield channel
     finally:
         await server.stop(0.0)
@@ -133,7 +139,7 @@ async def test_a_request_is_one_trace_from_its_caller_to_its_engine() -> None:
         control_plane(TracingConfig(otlp_endpoint=collector.endpoint), engine.url) as channel,
     ):
         await generate(channel, "r-1", (("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01"),))
-        await until(lambda: collector.named("request"), "the trace")
+        await until(lambda: bool(collector.named("request")), "the trace")
         assert {span.trace_id.hex() for span in collector.spans} == {TRACE_ID}
         root = collector.one("request")
         work = collector.one(f"text_completion {MODEL}")
@@ -217,7 +223,7 @@ async def test_a_refused_request_leaves_a_trace_with_the_reason() -> None:
     ):
         with pytest.raises(grpc.aio.AioRpcError):
             await generate(channel, "r-1")
-        await until(lambda: collector.named("request"), "the trace")
+        await until(lambda: bool(collector.named("request")), "the trace")
         root = collector.one("request")
         assert root.status.code == trace_pb2.Status.STATUS_CODE_ERROR
         assert attributes(root.attributes)["error.type"] == "MODEL_NOT_FOUND"

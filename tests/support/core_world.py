@@ -143,6 +143,16 @@ def line(effect: fx.Effect) -> str:
             return f"{instance_id} {previous.name if previous else '-'}>{state.name}"
         case fx.InstanceRemoved(instance_id):
             return f"remove {instance_id}"
+        case fx.GpuFaultBegan(instance_id, fault, outcome):
+            return f"{instance_id} {fault.kind.name} {outcome or '-'}"
+        case fx.GpuFaultCleared(instance_id, fault):
+            return f"{instance_id} {fault.kind.name} over"
+        case fx.EngineProcessChanged(instance_id, _, process):
+            return f"{instance_id} process {process.state.name}"
+        case fx.ClockSkewChanged(instance_id, _, skewed):
+            return f"{instance_id} clocks {'apart' if skewed else 'together'}"
+        case fx.OrderTroubled(instance_id, trouble):
+            return f"{instance_id} trouble {trouble}"
         case fx.ProbeEngine(instance_id):
             return f"probe {instance_id}"
         case fx.FailStaticChanged(active):

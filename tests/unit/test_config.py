@@ -193,7 +193,7 @@ def test_every_unknown_or_mistyped_setting_is_named_at_once(tmp_path: Path) -> N
         "runtime.nonsense",
         "scheduler.seed",
     }
-    assert "known here: engine, insecure_listen, journal, listen" in found["listne"]
+    assert "known here: console, engine, insecure_listen, journal, listen" in found["listne"]
     assert "must be int, and is str 'many'" in found["max_connections"]
     assert "table [engine]" in found["engine"]
 

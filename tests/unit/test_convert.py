@@ -48,16 +48,14 @@ from sagecp.core.types import (
     CandidateScore,
     ControlPlaneStatus,
     Durability,
-    DurationQuantiles,
-    EngineCondition,
     EngineGauges,
     ExecutionInstance,
     FailoverMode,
     GpuReading,
     InstanceState,
+    LoopStatus,
     OpenAiApi,
     ParallelismType,
-    PerformanceMetrics,
     RecentFault,
     RequestMetadata,
     RequestPriority,
@@ -67,14 +65,14 @@ from sagecp.core.types import (
     SchedulingDecision,
     Usage,
 )
-from sagecp.rpc.convert.admin import metrics_to_proto, status_to_proto
+from sagecp.rpc.convert.admin import status_to_proto
 from sagecp.rpc.convert.common import struct_to_json, value_to_json
 from sagecp.rpc.convert.fleet import (
-    heartbeat_from_proto,
     instance_from_proto,
     instance_to_proto,
     states_from_proto,
 )
+from sagecp.rpc.convert.metrics import metrics_to_proto
 from sagecp.rpc.convert.request import (
     failure_to_proto,
     request_from_proto,
@@ -90,12 +88,13 @@ from sagecp.rpc.convert.scheduling import (
 )
 from sagecp.rpc.errors import status_code_of, to_status
 from sagecp.rpc.servicers.paging import page_size, page_token, position_of
+from sagecp.runtime.metrics_table import GpuSums, LiveCount, MetricsTable
 from sagecp.v1 import (
     admin_service_pb2,
     error_pb2,
-    fleet_service_pb2,
     inference_service_pb2,
     instance_pb2,
+    metrics_pb2,
     parallelism_pb2,
     request_pb2,
     scheduling_pb2,
@@ -825,12 +824,12 @@ def test_an_instance_survives_the_round_trip() -> None:
     )
     record = record_of(instance)
     spec.ClearField("engine_api_key")  # Never comes back.
-    assert instance_to_proto(record, 0.0).spec == spec
+    assert instance_to_proto(record, 0.0, 1.0).spec == spec
 
 
 def test_an_instance_as_an_operator_sees_it() -> None:
     record = record_of(ExecutionInstance(instance_id="i", host="h", port=1, model_name="m"))
-    message = instance_to_proto(record, 1000.0)
+    message = instance_to_proto(record, 1000.0, 1.0)
     for name in ("engine", "heartbeat_time", "lease_expire_time", "mean_ttft"):
         assert not message.HasField(name)
     assert message.register_time.seconds == 1001
@@ -838,7 +837,7 @@ def test_an_instance_as_an_operator_sees_it() -> None:
     record.heartbeat_s, record.lease_expire_s, record.ttft_estimate_s = 2.0, 3.0, 0.5
     record.gauges = EngineGauges(running_request_count=0, key_value_cache_usage=0.5)
     record.gpus = (GpuReading(index=1, utilization=0.0),)
-    message = instance_to_proto(record, 1000.0)
+    message = instance_to_proto(record, 1000.0, 1.0)
     assert (message.heartbeat_time.seconds, message.lease_expire_time.seconds) == (1002, 1003)
     assert message.engine.HasField("running_request_count")
     assert not message.engine.HasField("waiting_request_count")
@@ -919,42 +918,6 @@ def test_a_filter_of_states() -> None:
     assert [violation.field for violation in violations] == ["states"]
 
 
-def test_a_beat_keeps_what_is_unknown_unknown() -> None:
-    beat = heartbeat_from_proto(
-        fleet_service_pb2.HeartbeatRequest(
-            instance_id="i",
-            incarnation=5,
-            engine_condition=fleet_service_pb2.ENGINE_CONDITION_HEALTHY,
-            engine=instance_pb2.EngineGauges(running_request_count=0, sleeping=False),
-            gpus=[instance_pb2.GpuReading(index=0, utilization=0.0, throttle_reasons=["x"])],
-        )
-    )
-    assert beat.condition is EngineCondition.HEALTHY
-    assert beat.gauges == EngineGauges(running_request_count=0, sleeping=False)
-    assert beat.gpus == (GpuReading(index=0, utilization=0.0, throttle_reasons=("x",)),)
-
-
-def test_a_beat_from_a_newer_agent_is_understood_as_far_as_possible() -> None:
-    beat = heartbeat_from_proto(
-        fleet_service_pb2.HeartbeatRequest(instance_id="i", engine_condition=42)  # type: ignore[arg-type]
-    )
-    assert beat.condition is EngineCondition.UNKNOWN
-    assert beat.gauges is None
-
-
-@pytest.mark.parametrize("usage", [-0.1, 1.1, float("nan"), float("inf")])
-def test_a_gauge_out_of_range_is_refused(usage: float) -> None:
-    gauges = instance_pb2.EngineGauges(key_value_cache_usage=usage)
-    with pytest.raises(InvalidRequestError, match="key_value_cache_usage"):
-        heartbeat_from_proto(fleet_service_pb2.HeartbeatRequest(instance_id="i", engine=gauges))
-
-
-def test_a_gpu_reading_that_is_no_number_is_refused() -> None:
-    gpu = instance_pb2.GpuReading(utilization=float("nan"))
-    with pytest.raises(InvalidRequestError, match=r"gpus\.utilization"):
-        heartbeat_from_proto(fleet_service_pb2.HeartbeatRequest(instance_id="i", gpus=[gpu]))
-
-
 def test_the_gauges_of_library_and_contract_have_the_same_names() -> None:
     for core, wire in ((EngineGauges, instance_pb2.EngineGauges), (GpuReading, instance_pb2.GpuReading)):
         assert {f.name for f in dataclasses.fields(core)} == {f.name for f in wire.DESCRIPTOR.fields}
@@ -964,31 +927,38 @@ def test_the_gauges_of_library_and_contract_have_the_same_names() -> None:
 
 
 def test_metrics_are_shown_whole() -> None:
-    quantiles = DurationQuantiles(5, 0.5, 0.4, 0.9, 1.0)
-    message = metrics_to_proto(
-        PerformanceMetrics(
-            total_requests=1,
-            completed_requests=2,
-            failed_requests=3,
-            cancelled_requests=4,
-            active_requests=5,
-            queued_requests=6,
-            latency=quantiles,
-            ttft=quantiles,
-            tpot=quantiles,
-            queue_wait=quantiles,
-            tokens_per_second=7.0,
-            requests_per_second=8.0,
-            average_gpu_utilization=0.0,
-            total_gpu_memory_gb=80.0,
-            used_gpu_memory_gb=0.0,
-            slo_violations=9,
-            slo_compliance_rate=0.0,
+    def table(gpus: GpuSums, durations: tuple[list[int], list[float], list[list[float]]]) -> MetricsTable:
+        counts, means_s, quantiles_s = durations
+        return MetricsTable(
+            window_s=60.0,
+            values=["a"],
+            ended=[[2, 3, 4, 9]],
+            live=[LiveCount(5, 6)],
+            sample_counts=[counts],
+            means_s=[means_s],
+            quantiles_s=[quantiles_s],
+            tokens_per_second=[7.0],
+            requests_per_second=[8.0],
+            slo_compliance_rate=[None if gpus is nothing else 0.5],
+            gpus=[gpus],
         )
-    )
+
+    nothing = GpuSums()
+    gpus = GpuSums()
+    gpus.add([GpuReading(index=0, utilization=0.5, total_memory_bytes=80 << 30, used_memory_bytes=1 << 30)])
+    message = metrics_pb2.PerformanceMetrics()
+    durations = [1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4], [[0.1 * n, 0.9, 1.0] for n in range(1, 5)]
+    metrics_to_proto(table(gpus, durations), 0, message)
     assert {f.name for f, _ in message.ListFields()} == {f.name for f in message.DESCRIPTOR.fields}
-    assert message.ttft.p95_s == 0.9
-    empty = metrics_to_proto(PerformanceMetrics())
+    assert message.total_request_count == 2 + 3 + 4 + 5 + 6
+    assert (message.ttft.sample_count, message.ttft.mean_s, message.ttft.p50_s) == (2, 0.2, 0.2)
+    assert (message.queue_wait.sample_count, message.queue_wait.p95_s) == (4, 0.9)
+    # The client's values and the library's are the same.
+    assert client_convert.performance(message) == table(gpus, durations).metrics(0)
+    empty = metrics_pb2.PerformanceMetrics()
+    metrics_to_proto(table(nothing, ([0] * 4, [0.0] * 4, [[0.0] * 3] * 4)), 0, empty)
+    assert empty.HasField("latency")
+    assert not empty.latency.sample_count
     for name in (
         "average_gpu_utilization",
         "total_gpu_memory_gib",
@@ -1019,6 +989,14 @@ def test_the_state_of_the_control_plane_is_shown_whole() -> None:
             event_loop_lag_s=0.25,
             models=("m",),
             recent_faults=(RecentFault(5.0, "broke", "i", "r"),),
+            queued_count_by_tenant={"t": 2},
+            loops=(LoopStatus("scheduling", 0.1, 5.0, 7), LoopStatus("monitoring", 5.0)),
+            heartbeat_count=8,
+            refused_heartbeat_count_by_reason={"BAD_FIGURE": 1},
+            cpu_seconds=1.5,
+            resident_memory_bytes=1 << 20,
+            last_event_sequence=9,
+            lease_duration_s=5.0,
         ),
         scheduling_pb2.SchedulingConfig(version=2, scheduling_policy="fifo"),
         "fifo",
@@ -1034,6 +1012,9 @@ def test_the_state_of_the_control_plane_is_shown_whole() -> None:
     assert {f.name for f, _ in message.ListFields()} == {f.name for f in message.DESCRIPTOR.fields}
     assert message.scheduling.scheduling_policy == "fifo"
     assert message.recent_faults[0].message == "broke"
+    assert [loop.HasField("last_run_time") for loop in message.loops] == [True, False]
+    assert dict(message.refused_heartbeat_count_by_reason) == {"BAD_FIGURE": 1}
+    assert message.lease_duration.ToMilliseconds() == 5000
     ttft, tpot = message.prediction_accuracy
     assert {f.name for f, _ in ttft.ListFields()} == {f.name for f in ttft.DESCRIPTOR.fields}
     assert (ttft.quantity, ttft.sample_count, ttft.bias) == ("ttft", 3, 1.5)

@@ -61,6 +61,29 @@ async def test_a_driver_that_hangs_is_not_waited_for() -> None:
     watch.close()
 
 
+async def test_the_engines_of_an_agent_share_one_thread() -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "nvml"]
+
+    before = set(threads())
+    watches = []
+    for _ in range(3):
+        probe = SlowProbe()
+        probe.may_answer.set()
+        watches.append(GpuWatch(probe, get_logger("test")))
+        watches[-1].choose(GpuChoice())
+        await watches[-1].read()
+        assert len(watches[-1].report.readings) == 1
+    (thread,) = set(threads()) - before
+    watches[0].close()
+    await watches[1].read()
+    assert len(watches[1].report.readings) == 1
+    watches[1].close()
+    watches[2].close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_a_driver_that_never_answers_does_not_keep_the_agent_alive() -> None:
     script = """
 import asyncio, threading

@@ -1,4 +1,4 @@
-"""The health of a fleet against everything at once: failures, silence, probes, beats, lapses and restarts.
+"""The health of a fleet against everything at once: failures, silence, probes, beats, broken GPUs, restarts.
 
 The machine keeps its own books from the effects, and checks after every step
 what must hold whatever happens; at the end, that everything that is out is
@@ -7,7 +7,9 @@ probed, and comes back when it answers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
+from sagecp.core.gpu import GpuReading, XidError
 from sagecp.core.health_limits import HealthLimits
 from sagecp.core.instance_health import PROBE_ANSWER_TIMEOUT_S, Outage
 from sagecp.core.instance_lifecycle import DISPROOF_S
@@ -54,11 +57,20 @@ class HealthMachine(RuleBasedStateMachine):
         self.back_s: dict[str, float] = {}
         # Falls that a call is the only witness of, with what was known before.
         self.doubtful: dict[str, tuple[list[float], float]] = {}
+        # What the driver has reported of each GPU since its agent started.
+        self.errors: dict[str, tuple[XidError, ...]] = dict.fromkeys(INSTANCES, ())
         for number, name in enumerate(INSTANCES):
             self.join(name, incarnation=int(number < agents))
 
     def join(self, name: str, incarnation: int) -> None:
         self.feed(healthy(name, incarnation=incarnation, model_aliases=INSTANCES[name], step_time=STEP_TIME))
+
+    def beat(
+        self, name: str, condition: EngineCondition = EngineCondition.HEALTHY, **gauges: Any
+    ) -> ev.HeartbeatReceived:
+        reading = GpuReading(index=0, uuid=f"GPU-{name}", xid_errors=self.errors[name])
+        incarnation = self.scheduler.fleet.get(name).incarnation
+        return dataclasses.replace(beat(name, incarnation, condition, **gauges), gpus=(reading,))
 
     def feed(self, event: ev.Event) -> None:
         for effect in self.scheduler.handle(event, self.now):
@@ -79,12 +91,13 @@ class HealthMachine(RuleBasedStateMachine):
         name = effect.instance_id
         instance = self.scheduler.fleet.get(name)
         fleet = self.scheduler.fleet
-        if effect.previous is READY and instance.health.outage is Outage.EJECTED:
+        broken = instance.health.outage is None and effect.reason == instance.health.gpu_fault
+        if effect.previous is READY and (broken or instance.health.outage is Outage.EJECTED):
             for model in instance.spec.served_models:
                 ready_count = fleet.ready_count(model)
                 assert ready_count, "the last instance was ejected"
                 out_count = sum(
-                    each.health.outage is not None and each.state is InstanceState.UNHEALTHY
+                    each.health.is_out and each.state is InstanceState.UNHEALTHY
                     for each in fleet.serving(model)
                 )
                 share = self.limits.max_ejected_share
@@ -159,7 +172,14 @@ class HealthMachine(RuleBasedStateMachine):
         if instance.incarnation:
             gauges = {} if generated is None else {"running_request_count": 1}
             gauges |= {} if generated is None else {"generation_token_count": generated}
-            self.feed(beat(name, instance.incarnation, condition, **gauges))
+            self.feed(self.beat(name, condition, **gauges))
+
+    @rule(name=ID, code=st.sampled_from([79, 94, 63, 13]))
+    def gpu_breaks(self, name: str, code: int) -> None:
+        """The driver reports an error, grave or not."""
+        if self.scheduler.fleet.get(name).incarnation:
+            self.errors[name] = (*self.errors[name], XidError(code, self.now))[-8:]
+            self.feed(self.beat(name))
 
     @rule(name=ID, condition=CONDITION)
     def is_probed(self, name: str, condition: EngineCondition) -> None:
@@ -187,6 +207,7 @@ class HealthMachine(RuleBasedStateMachine):
         starts = before in {READY, InstanceState.STARTING}
         if starts or (before is not LOST and self.now < held_s):
             self.note_fall(name)
+        self.errors[name] = ()
         self.join(name, instance.incarnation + 1)
 
     @rule(name=ID, undo=st.booleans())
@@ -206,7 +227,7 @@ class HealthMachine(RuleBasedStateMachine):
             for name in sorted(beating):
                 instance = self.scheduler.fleet.get(name)
                 if instance.incarnation and instance.state is not LOST:
-                    self.feed(beat(name, instance.incarnation, instance.condition))
+                    self.feed(self.beat(name, instance.condition))
             self.look_at_clock()
 
     @rule(gap_s=st.sampled_from([2.0, 60.0]))
@@ -229,7 +250,8 @@ class HealthMachine(RuleBasedStateMachine):
     def who_is_ready_may_work(self) -> None:
         for instance in self.scheduler.fleet:
             if instance.state is READY:
-                assert instance.health.outage is None
+                assert not instance.health.is_out
+                assert not any(fault.quarantines for fault in instance.gpu_faults)
                 assert not instance.unreachable
                 assert instance.drain is None
             if instance.keeps_state:
@@ -257,6 +279,9 @@ class HealthMachine(RuleBasedStateMachine):
         for record in list(self.scheduler.requests()):
             self.feed(ev.RequestCancelled(record.request_id))
         self.asked.clear()
+        for name in INSTANCES:
+            if self.errors[name]:
+                self.agent_restarts(name)
         end_s = self.now + 400.0
         while self.now < end_s:
             self.now += 0.5
@@ -266,13 +291,14 @@ class HealthMachine(RuleBasedStateMachine):
                 if instance.is_probed:
                     self.feed(probe(instance.instance_id))
                 if instance.incarnation:
-                    self.feed(beat(instance.instance_id, instance.incarnation))
+                    self.feed(self.beat(instance.instance_id))
             self.look_at_clock()
             for name in sorted(self.asked):
                 self.feed(ev.EngineProbed(name, answered=True))
             self.asked.clear()
         assert [each.state for each in self.scheduler.fleet] == [READY] * len(INSTANCES)
         assert not self.fail_static
+        assert not any(each.gpu_faults for each in self.scheduler.fleet)
         assert not self.scheduler._instances._returns
         assert self.scheduler._instances.health.next_timer_s() is None
 

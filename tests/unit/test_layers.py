@@ -31,10 +31,11 @@ ALLOWED: dict[str, set[str]] = {
     "wire": {"v1"} | SHARED_VALUES,
     "config": {"core", "version"},
     "runtime": {"core", "config", "log", "version"},
-    "rpc": {"core", "runtime", "v1", "wire", "config", "log", "version"},
+    "console": {"core", "runtime", "config", "log", "version"},
+    "rpc": {"console", "core", "runtime", "v1", "wire", "config", "log", "version"},
     "gateway": {"core", "runtime", "config", "log", "version"},
     "sim": {"core", "log", "version"},
-    "agent": {"v1", "wire"} | SHARED_VALUES,
+    "agent": {"v1", "wire", "core.prompt_digest"} | SHARED_VALUES,
     "client": {"v1", "wire", "core.placement", "core.prediction.step_time"} | SHARED_VALUES,
     "__main__": {"cli"},
     "cli": {

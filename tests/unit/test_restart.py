@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
+from sagecp.core.engine_state import EngineCapability, LoraAdapter
 from sagecp.core.errors import ErrorReason, RequestIdConflictError, RequestNotFoundError
+from sagecp.core.gpu import GpuDevice, GpuLink, GpuLinkKind
 from sagecp.core.types import (
     Durability,
+    ExecutionInstance,
     FailoverMode,
     InstanceState,
     RequestMetadata,
@@ -21,8 +26,9 @@ from sagecp.core.types import (
 from sagecp.runtime.engines.base import EngineFailedError
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.runtime.store.base import Store, StoreError, StoreStatus, Written
+from sagecp.runtime.store.codec import decode_instance, decode_record, encode_record
 from sagecp.runtime.store.memory import MemoryStore
-from sagecp.runtime.store.records import Record, RequestAccepted, RequestEnded
+from sagecp.runtime.store.records import InstanceKept, Record, RequestAccepted, RequestEnded
 from tests.support.scripted_client import WAIT_S, ScriptedCall, ScriptedFleet
 from tests.support.waiting import other_tasks, turns, until
 
@@ -212,6 +218,39 @@ async def test_a_drain_outlasts_a_restart() -> None:
         manager.deregister_instance("a")
     async with running(store, fleet) as manager:
         assert [record.instance_id for record in manager.instances()] == ["b"]
+
+
+async def test_orders_to_sleep_and_adapters_outlast_a_restart_with_what_the_instance_is() -> None:
+    store, fleet = MemoryStore(), ScriptedFleet()
+    instance = dataclasses.replace(
+        fleet.instance("a"),
+        gpu_devices=(GpuDevice(index=0, uuid="GPU-a", links=(GpuLink("GPU-b", GpuLinkKind.NVLINK, 4),)),),
+        engine_configuration={"block_size": "16"},
+        engine_capabilities=frozenset({EngineCapability.SLEEP, EngineCapability.LORA}),
+    )
+    adapters = (LoraAdapter("l", "/l"),)
+    async with running(store, fleet) as manager:
+        manager.register_instance(instance, 1)
+        manager.sleep_instance("a", 2, force=True)
+        manager.set_lora_adapters("a", adapters)
+    async with running(store, fleet) as manager:
+        record = manager.instance("a")
+        assert record.spec == instance
+        assert record.drain is not None
+        assert record.drain.sleep_level == 2
+        assert record.desired_lora_adapters == adapters
+
+
+def test_what_an_earlier_version_wrote_of_an_instance_is_read() -> None:
+    old = msgspec.msgpack.encode([7, "a", 4, True, b"specification"])
+    assert decode_record(old) == InstanceKept("a", 4, True, b"specification")
+    new = InstanceKept("a", 4, True, b"specification", 2, (("l", "/l"),))
+    assert decode_record(encode_record(new)) == new
+    earlier = {"instance_id": "a", "host": "h", "port": 1, "model_name": "m", "model_aliases": ["x"]}
+    instance = decode_instance(msgspec.msgpack.encode({**earlier, "step_time": None}))
+    assert instance == ExecutionInstance(
+        instance_id="a", host="h", port=1, model_name="m", model_aliases=("x",)
+    )
 
 
 async def test_a_deadline_keeps_running_while_the_control_plane_does_not() -> None:

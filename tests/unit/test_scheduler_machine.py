@@ -13,7 +13,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.dispatcher import STEP_OVER_LIMIT
+from sagecp.core.engine_state import KvCacheUpdate
 from sagecp.core.errors import ErrorReason, Failure, InfeasibleError, SageError
 from sagecp.core.failover import ENGINE_KILL_LIMIT
 from sagecp.core.fair_line import FairLine
@@ -224,6 +225,10 @@ def takers(request: RequestRecord, serving: list[InstanceRecord]) -> set[str]:
     """The instances that could take a request now, in other words than the fleet's."""
     least = least_limit(request, serving)
     return {i.instance_id for i in serving if room(i, request) and token_limit(i) >= least}
+
+
+def kinds_of(records: Iterable[RequestRecord]) -> Counter[tuple[str, str, int]]:
+    return Counter((each.model, each.metadata.tenant_id, each.metadata.priority.value) for each in records)
 
 
 def blocks_of(token_count: int, choice: int) -> tuple[int, ...]:
@@ -727,6 +732,38 @@ class SchedulerMachine(RuleBasedStateMachine):
         if incarnation in {0, instance.incarnation}:
             self.leases[instance.instance_id] = self.now + LEASE_S
 
+    @rule(
+        choice=CHOICE,
+        sequence_offset=st.sampled_from([1, 1, 1, 0, 2]),
+        reset=st.sampled_from([False, False, True]),
+        stored=st.tuples(st.integers(0, 400), CHOICE),
+        removed=st.tuples(st.integers(0, 400), CHOICE),
+    )
+    def cache_report(
+        self,
+        choice: int,
+        sequence_offset: int,
+        reset: bool,
+        stored: tuple[int, int],
+        removed: tuple[int, int],
+    ) -> None:
+        """An engine tells of prompts that it has cached, and of ends of prompts that it has not any more."""
+        instance = self.scheduler.fleet.get(pick(sorted(self.states), choice))
+        kept, gone = blocks_of(*stored), blocks_of(*removed)
+        update = KvCacheUpdate(
+            1 if reset else instance.kv_cache_sequence + sequence_offset,
+            reset,
+            kept,
+            tuple(block for block in reversed(gone[len(gone) // 2 :]) if block not in kept),
+        )
+        self.feed(
+            ev.HeartbeatReceived(
+                instance.instance_id, instance.incarnation, instance.condition, kv_cache_update=update
+            )
+        )
+        assert self.scheduler.prefixes.match_one(instance.instance_id, kept) == len(kept)
+        self.leases[instance.instance_id] = self.now + LEASE_S
+
     @precondition(lambda self: self.running())
     @rule(choice=CHOICE, counts_anew=st.booleans(), count=st.integers(0, 2))
     def engine_restarts(self, choice: int, counts_anew: bool, count: int) -> None:
@@ -938,6 +975,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for record in queued:
             by_model[record.model] = by_model.get(record.model, 0) + 1
         assert scheduler.queue.count_by_model() == by_model
+        assert dict(scheduler.queue.kinds.items()) == kinds_of(queued)
         assert scheduler.live_count == len(self.live)
         assert scheduler.active_count == len(self.live) - len(waiting)
         for request_id, live in self.live.items():
@@ -957,6 +995,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         gone = fleet._departed
         assert not gone.keys() & self.states.keys()
         assert all(instance.in_flight for instance in gone.values())
+        assert list(fleet.holders()) == [*fleet, *gone.values()]
         by_instance: dict[str, set[str]] = {}
         for request_id, live in self.live.items():
             if live.running_on:
@@ -965,6 +1004,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for instance in (*fleet, *gone.values()):
             assert set(instance.in_flight) == by_instance.get(instance.instance_id, set())
             assert instance.in_flight_count == len(instance.in_flight)
+            assert dict(instance.in_flight_kinds.items()) == kinds_of(instance.in_flight.values())
             needs = [instance.token_need(record) for record in instance.in_flight.values()]
             assert instance.reserved_token_count == sum(needs)
             assert 1 <= instance.concurrency_limit <= instance.configured_limit
@@ -1057,10 +1097,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 for block in live.record.digest.block_hashes
             )
             assert not cache.pins.keys() & cache.evictable.keys()
-            assert cache.block_count <= max(cache.capacity, len(cache.pins))
+            assert not cache.reported.keys() & cache.evictable.keys()
+            reported_alone = len(cache.reported.keys() - cache.pins.keys())
+            assert cache.block_count == len(cache.pins) + len(cache.evictable) + reported_alone
+            assert len(cache.pins) + len(cache.evictable) <= max(cache.capacity, len(cache.pins))
         assert len(prefixes) == sum(cache.block_count for cache in prefixes._caches.values())
         assert prefixes._masks.keys() == {
-            block for cache in prefixes._caches.values() for block in (*cache.pins, *cache.evictable)
+            block
+            for cache in prefixes._caches.values()
+            for block in (*cache.pins, *cache.evictable, *cache.reported)
         }
 
     @invariant()

@@ -13,7 +13,9 @@ import pytest
 
 from sagecp.core import events as ev
 from sagecp.core.config import SchedulerConfig
+from sagecp.core.engine_state import EngineCapability, EngineProcess, EngineProcessState, LoraAdapter
 from sagecp.core.errors import ErrorReason, Failure
+from sagecp.core.gpu import GpuDevice, GpuLink, GpuLinkKind, XidError
 from sagecp.core.policy_replay import PolicyScore
 from sagecp.core.prediction.step_time import StepTimeParameters
 from sagecp.core.prompt_digest import digest_prompt
@@ -80,20 +82,37 @@ EVENTS: list[ev.Event] = [
     ev.AttemptProgressed("r1", 1),
     ev.AttemptSucceeded("r1", 2, 7, prompt_token_count=9, cached_prompt_token_count=0),
     ev.AttemptFailed("r1", 1, FAILURE, retryable=True, engine_down=True),
-    ev.InstanceRegistered(INSTANCE, 5, EngineCondition.HEALTHY),
-    ev.InstanceRestored(INSTANCE, 5, draining=True),
+    ev.InstanceRegistered(
+        dataclasses.replace(
+            INSTANCE,
+            gpu_devices=(GpuDevice(index=0, uuid="g", links=(GpuLink("h", GpuLinkKind.NVLINK, 4),)),),
+            engine_capabilities=frozenset({EngineCapability.LORA, EngineCapability.SLEEP}),
+        ),
+        5,
+        EngineCondition.HEALTHY,
+        "1.0",
+    ),
+    ev.InstanceRestored(INSTANCE, 5, draining=True, sleep_level=2, lora_adapters=(LoraAdapter("l", "/l"),)),
     ev.InstanceDeregistered("a", 5, "gone"),
     ev.HeartbeatReceived(
         "a",
         5,
         EngineCondition.HEALTHY,
         gauges=EngineGauges(running_request_count=3, key_value_cache_usage=0.1),
-        gpus=(GpuReading(index=0),),
+        gpus=(GpuReading(index=0, xid_errors=(XidError(79, 1.5),)),),
+        process=EngineProcess(state=EngineProcessState.RUNNING, restart_count=2),
+        agent_time_s=100.25,
+        clock_offset_s=-0.25,
+        refusals=("engine.key_value_cache_usage is nan",),
     ),
+    ev.HeartbeatRefused("a", "another lease token"),
     ev.HealthProbed("a", EngineCondition.UNHEALTHY, "500"),
     ev.EngineSilent("a", 11.5),
     ev.EngineProbed("a", answered=False, detail="no token in 5 s"),
-    ev.DrainRequested("a", undo=False, incarnation=3, grace_s=30.0, force=True, cause="upgrade"),
+    ev.DrainRequested(
+        "a", undo=False, incarnation=3, grace_s=30.0, force=True, cause="upgrade", sleep_level=1
+    ),
+    ev.LoraAdaptersRequested("a", (LoraAdapter("l", "/l"),)),
     ev.SchedulingConfigured(SettingsChange(scheduling_policy="fifo", parameters={"adaptive.gain": 0.1})),
     ev.PoliciesEvaluated(3, (PolicyScore(policy="fifo", attainment=1 / 3, token_weighted_attainment=1.0),)),
     ev.ClockSkipped(30.25),

@@ -22,13 +22,15 @@ class InstanceKind:
     Attributes:
         model: Its step-time model.
         source: Where its prior came from.
+        name: For people.
     """
 
-    __slots__ = ("_prior_trusted", "model", "source")
+    __slots__ = ("_prior_trusted", "model", "name", "source")
 
-    def __init__(self, prior: StepTimeParameters, *, trusted: bool, source: str) -> None:
+    def __init__(self, prior: StepTimeParameters, *, trusted: bool, source: str, name: str = "") -> None:
         self.model = StepTimeModel(prior)
         self.source = source
+        self.name = name
         self._prior_trusted = trusted
 
     @property
@@ -60,7 +62,8 @@ class PredictionBook:
             if len(self._kinds) >= MAX_KIND_COUNT:
                 del self._kinds[next(iter(self._kinds))]
             if spec.step_time is not None:
-                kind = InstanceKind(spec.step_time, trusted=True, source="given with the instance")
+                source = "given with the instance"
+                kind = InstanceKind(spec.step_time, trusted=True, source=source, name=_name(key))
             else:
                 prior = prior_for(
                     spec.gpu_name,
@@ -68,13 +71,16 @@ class PredictionBook:
                     tensor_parallel_size=spec.tensor_parallel_size,
                     pipeline_parallel_size=spec.pipeline_parallel_size,
                 )
-                kind = InstanceKind(prior.parameters, trusted=prior.trusted, source=prior.source)
+                kind = InstanceKind(
+                    prior.parameters, trusted=prior.trusted, source=prior.source, name=_name(key)
+                )
             self._kinds[key] = kind
         return kind
 
     def kinds(self) -> dict[str, InstanceKind]:
         """Return every kind by a readable name."""
-        return {
-            f"{key[0]} on {key[1] or 'unknown GPU'} x{key[2] * key[3]}": kind
-            for key, kind in self._kinds.items()
-        }
+        return {kind.name: kind for kind in self._kinds.values()}
+
+
+def _name(key: _Kind) -> str:
+    return f"{key[0]} on {key[1] or 'unknown GPU'} x{key[2] * key[3]}"

@@ -1,46 +1,13 @@
-"""Metrics, and the state of the control plane."""
+"""The state of the control plane."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from sagecp.core.prediction.accuracy import QuantityAccuracy
-from sagecp.core.types import ControlPlaneStatus, DurationQuantiles, PerformanceMetrics
-from sagecp.v1 import admin_service_pb2, metrics_pb2, scheduling_pb2
+from sagecp.core.types import ControlPlaneStatus, LoopStatus
+from sagecp.v1 import admin_service_pb2, scheduling_pb2
 from sagecp.wire.times import duration, timestamp
-
-
-def metrics_to_proto(metrics: PerformanceMetrics) -> metrics_pb2.PerformanceMetrics:
-    """Return metrics as a message."""
-    return metrics_pb2.PerformanceMetrics(
-        total_request_count=metrics.total_requests,
-        completed_request_count=metrics.completed_requests,
-        failed_request_count=metrics.failed_requests,
-        cancelled_request_count=metrics.cancelled_requests,
-        active_request_count=metrics.active_requests,
-        queued_request_count=metrics.queued_requests,
-        latency=_quantiles_to_proto(metrics.latency),
-        ttft=_quantiles_to_proto(metrics.ttft),
-        tpot=_quantiles_to_proto(metrics.tpot),
-        queue_wait=_quantiles_to_proto(metrics.queue_wait),
-        tokens_per_second=metrics.tokens_per_second,
-        requests_per_second=metrics.requests_per_second,
-        average_gpu_utilization=metrics.average_gpu_utilization,
-        total_gpu_memory_gib=metrics.total_gpu_memory_gb,
-        used_gpu_memory_gib=metrics.used_gpu_memory_gb,
-        slo_violation_count=metrics.slo_violations,
-        slo_compliance_rate=metrics.slo_compliance_rate,
-    )
-
-
-def _quantiles_to_proto(quantiles: DurationQuantiles) -> metrics_pb2.DurationQuantiles:
-    return metrics_pb2.DurationQuantiles(
-        sample_count=quantiles.sample_count,
-        mean_s=quantiles.mean_s,
-        p50_s=quantiles.p50_s,
-        p95_s=quantiles.p95_s,
-        p99_s=quantiles.p99_s,
-    )
 
 
 def status_to_proto(
@@ -72,6 +39,14 @@ def status_to_proto(
         event_loop_lag=duration(status.event_loop_lag_s),
         models=status.models,
         policy_reason=status.policy_reason,
+        queued_count_by_tenant=dict(status.queued_count_by_tenant),
+        loops=[_loop_to_proto(loop) for loop in status.loops],
+        heartbeat_count=status.heartbeat_count,
+        refused_heartbeat_count_by_reason=dict(status.refused_heartbeat_count_by_reason),
+        cpu_seconds=status.cpu_seconds,
+        resident_memory_bytes=status.resident_memory_bytes,
+        last_event_sequence=status.last_event_sequence,
+        lease_duration=duration(status.lease_duration_s),
         recent_faults=[
             admin_service_pb2.RecentFault(
                 fault_time=timestamp(fault.time_s),
@@ -93,3 +68,12 @@ def status_to_proto(
             for quantity, each in accuracy.items()
         ],
     )
+
+
+def _loop_to_proto(loop: LoopStatus) -> admin_service_pb2.LoopStatus:
+    message = admin_service_pb2.LoopStatus(
+        name=loop.name, interval=duration(loop.interval_s), run_count=loop.run_count
+    )
+    if loop.last_run_time_s is not None:
+        message.last_run_time.CopyFrom(timestamp(loop.last_run_time_s))
+    return message

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 from urllib.parse import urlsplit
 
 from sagecp.core.drain_order import DrainOrder
+from sagecp.core.engine_state import LoraAdapter
 from sagecp.core.errors import FieldViolation, InvalidRequestError
-from sagecp.core.events import HeartbeatReceived
 from sagecp.core.instance_record import InstanceRecord
+from sagecp.core.prediction.learned import learned_performance
 from sagecp.core.types import (
-    EngineCondition,
-    EngineGauges,
     ExecutionInstance,
     GpuReading,
     InstanceState,
@@ -22,12 +20,15 @@ from sagecp.core.validation import instance_violations
 from sagecp.rpc.convert.common import check_enum, prefixed
 from sagecp.v1 import fleet_service_pb2, instance_pb2, parallelism_pb2
 from sagecp.wire.engine import (
+    adapters_from_proto,
+    adapters_to_proto,
     capabilities_from_proto,
     capabilities_to_proto,
-    gauges_from_proto,
     gauges_to_proto,
+    learned_to_proto,
+    process_to_proto,
 )
-from sagecp.wire.gpu import device_from_proto, device_to_proto, reading_from_proto, reading_to_proto
+from sagecp.wire.gpu import device_from_proto, device_to_proto, fault_to_proto, reading_to_proto
 from sagecp.wire.times import duration, seconds_of, timestamp
 
 _ENGINE_KINDS = {
@@ -45,9 +46,12 @@ _OPTIONAL_SPEC_FIELDS = (
     "max_concurrent_request_count",
     "usd_per_gpu_hour",
 )
+_LAST_SECOND = 253_402_300_799.0
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 MAX_GRACE_S = 30 * 86_400.0
 """Longest grace period of a drain: a month."""
+MAX_ADAPTER_COUNT = 128
+"""Most LoRA adapters that an engine can be told to have."""
 MAX_GPU_DEVICE_COUNT = 64
 """Most GPUs of one instance whose particulars are kept."""
 
@@ -114,9 +118,16 @@ def _split_engine_url(url: str, violations: list[FieldViolation]) -> tuple[str, 
     return parts.scheme, parts.hostname or "", _DEFAULT_PORTS.get(parts.scheme, 0) if port is None else port
 
 
-def instance_to_proto(record: InstanceRecord, wall_offset_s: float) -> instance_pb2.Instance:
-    """Return an instance as an operator sees it; ``wall_offset_s`` turns core times into Unix seconds."""
+def instance_to_proto(record: InstanceRecord, wall_offset_s: float, now: float) -> instance_pb2.Instance:
+    """Return an instance as an operator sees it.
+
+    Args:
+        record: The instance.
+        wall_offset_s: Add to times on the core's clock to get Unix seconds.
+        now: The time on the core's clock.
+    """
     spec = record.spec
+    skew_s = record.clock.offset_s if record.clock.skewed and record.clock.offset_s else 0.0
     message = instance_pb2.Instance(
         spec=instance_pb2.InstanceSpec(
             instance_id=spec.instance_id,
@@ -145,16 +156,29 @@ def instance_to_proto(record: InstanceRecord, wall_offset_s: float) -> instance_
             engine_capabilities=capabilities_to_proto(spec.engine_capabilities),
         ),
         state=instance_pb2.InstanceState.ValueType(record.state.value),
-        state_reason=record.state_reason,
+        state_reason=_state_reason(record),
         incarnation=record.incarnation,
         in_flight_request_count=record.in_flight_count,
         max_concurrent_request_count=record.concurrency_limit,
-        gpus=[reading_to_proto(gpu) for gpu in record.gpus],
+        gpus=[reading_to_proto(_in_our_time(gpu, skew_s)) for gpu in record.gpus],
         gpu_absent_reason=record.gpu_absent_reason,
         register_time=timestamp(record.register_s + wall_offset_s),
         completed_request_count=record.completed_request_count,
         failed_attempt_count=record.failed_attempt_count,
+        gpu_faults=[fault_to_proto(fault, wall_offset_s) for fault in record.gpu_faults],
+        refused_heartbeat_count=record.refused_heartbeat_count,
+        heartbeat_refusal=record.heartbeat_refusal,
+        agent_version=record.agent_version,
     )
+    learned = learned_performance(record.load, now)
+    if learned is not None:
+        message.learned.CopyFrom(learned_to_proto(learned))
+    if record.desired_lora_adapters is not None:
+        message.desired_lora_adapters.CopyFrom(adapters_to_proto(record.desired_lora_adapters))
+    if record.engine_process is not None:
+        message.engine_process.CopyFrom(process_to_proto(record.engine_process))
+    if record.clock.offset_s is not None:
+        message.clock_offset.CopyFrom(duration(record.clock.offset_s))
     if record.gauges is not None:
         message.engine.CopyFrom(gauges_to_proto(record.gauges))
     if record.heartbeat_s is not None:
@@ -165,7 +189,28 @@ def instance_to_proto(record: InstanceRecord, wall_offset_s: float) -> instance_
         message.mean_ttft.CopyFrom(duration(record.ttft_estimate_s))
     if record.drain is not None:
         message.drain.CopyFrom(_drain_to_proto(record.drain, wall_offset_s))
+        if record.drain.sleep_level:
+            message.sleep.begin_time.CopyFrom(timestamp(record.drain.begin_s + wall_offset_s))
+            message.sleep.level = record.drain.sleep_level
+            message.sleep.asleep = record.sleeping
     return message
+
+
+def _state_reason(record: InstanceRecord) -> str:
+    if not record.order_trouble:
+        return record.state_reason
+    return f"{record.state_reason}; its agent could not do what it was told to: {record.order_trouble}"
+
+
+def _in_our_time(reading: GpuReading, skew_s: float) -> GpuReading:
+    """Return a reading whose times are by our clock, where the agent's is far off."""
+    if not skew_s or not reading.xid_errors:
+        return reading
+    errors = tuple(
+        dataclasses.replace(each, time_s=min(max(0.0, each.time_s - skew_s), _LAST_SECOND))
+        for each in reading.xid_errors
+    )
+    return dataclasses.replace(reading, xid_errors=errors)
 
 
 def _drain_to_proto(order: DrainOrder, wall_offset_s: float) -> instance_pb2.Drain:
@@ -180,8 +225,47 @@ def _drain_to_proto(order: DrainOrder, wall_offset_s: float) -> instance_pb2.Dra
     return message
 
 
-def grace_from_proto(request: fleet_service_pb2.DrainInstanceRequest) -> float | None:
-    """Return the grace period of a drain in seconds; ``None``: there is none.
+def wanted_adapters_from_proto(message: instance_pb2.LoraAdapters) -> tuple[LoraAdapter, ...]:
+    """Return the adapters that an engine should have, by name.
+
+    Raises:
+        InvalidRequestError: Names every bad field.
+    """
+    violations: list[FieldViolation] = []
+    adapters = adapters_from_proto(message)
+    if len(adapters) > MAX_ADAPTER_COUNT:
+        violations.append(
+            FieldViolation(
+                "adapters", f"has {len(adapters)} entries; at most {MAX_ADAPTER_COUNT} are allowed"
+            )
+        )
+    names: set[str] = set()
+    for number, adapter in enumerate(adapters[:MAX_ADAPTER_COUNT]):
+        for field, text, longest in (("name", adapter.name, 128), ("path", adapter.path, 1024)):
+            if not 1 <= len(text) <= longest or not text.isprintable():
+                violations.append(
+                    FieldViolation(
+                        f"adapters.adapters[{number}].{field}",
+                        f"has {len(text)} characters; must have 1 to {longest} that can be printed",
+                    )
+                )
+        if adapter.name in names:
+            violations.append(
+                FieldViolation(
+                    f"adapters.adapters[{number}].name",
+                    f"{adapter.name[:80]!r} is given twice; give each adapter one path",
+                )
+            )
+        names.add(adapter.name)
+    if violations:
+        raise InvalidRequestError(violations)
+    return tuple(sorted(adapters, key=lambda adapter: adapter.name))
+
+
+def grace_from_proto(
+    request: fleet_service_pb2.DrainInstanceRequest | fleet_service_pb2.SleepInstanceRequest,
+) -> float | None:
+    """Return the grace period of a drain or a sleep in seconds; ``None``: there is none.
 
     Raises:
         InvalidRequestError: It is negative or too long, or is given to undo a drain.
@@ -197,10 +281,14 @@ def grace_from_proto(request: fleet_service_pb2.DrainInstanceRequest) -> float |
                     f"is {grace_s:g} s; must be 0 to {MAX_GRACE_S:g} s, or absent to move nothing",
                 )
             )
-    if request.undo:
+    if isinstance(request, fleet_service_pb2.DrainInstanceRequest):
+        undoing = "undo" if request.undo else ""
+    else:
+        undoing = "wake" if request.wake else ""
+    if undoing:
         given = {"grace_period": request.HasField("grace_period"), "force": request.force}
         violations += [
-            FieldViolation(name, "does not go with undo; leave one of them out")
+            FieldViolation(name, f"does not go with {undoing}; leave one of them out")
             for name, is_given in given.items()
             if is_given
         ]
@@ -218,47 +306,3 @@ def states_from_proto(
         for number in states
         if check_enum(field, number, instance_pb2.InstanceState.DESCRIPTOR, violations)
     )
-
-
-def heartbeat_from_proto(beat: fleet_service_pb2.HeartbeatRequest) -> HeartbeatReceived:
-    """Return a beat.
-
-    Raises:
-        InvalidRequestError: A figure is negative, not a number or out of range.
-    """
-    gauges = _gauges_from_proto(beat.engine) if beat.HasField("engine") else None
-    condition = beat.engine_condition
-    return HeartbeatReceived(
-        instance_id=beat.instance_id,
-        incarnation=beat.incarnation,
-        condition=EngineCondition(condition) if condition in _CONDITIONS else EngineCondition.UNKNOWN,
-        condition_reason=beat.condition_reason[:512],
-        gauges=gauges,
-        gpus=tuple(_gpu_from_proto(gpu) for gpu in beat.gpus[:256]),
-        gpu_absent_reason=beat.gpu_absent_reason[:512],
-    )
-
-
-# A full cache may be reported as a little more than full; that must not cost the instance its lease.
-_ROUNDING = 0.01
-_CONDITIONS = frozenset(condition.value for condition in EngineCondition)
-
-
-def _gauges_from_proto(message: instance_pb2.EngineGauges) -> EngineGauges:
-    gauges = gauges_from_proto(message)
-    usage = gauges.key_value_cache_usage
-    if usage is not None:
-        if not 0.0 <= usage <= 1.0 + _ROUNDING:
-            raise InvalidRequestError(
-                [FieldViolation("engine.key_value_cache_usage", f"is {usage:g}; must be 0 to 1")]
-            )
-        gauges = dataclasses.replace(gauges, key_value_cache_usage=min(usage, 1.0))
-    return gauges
-
-
-def _gpu_from_proto(message: instance_pb2.GpuReading) -> GpuReading:
-    for name in ("utilization", "temperature_celsius", "power_watts", "power_limit_watts"):
-        value = getattr(message, name)
-        if not math.isfinite(value):
-            raise InvalidRequestError([FieldViolation(f"gpus.{name}", f"is {value}; must be a number")])
-    return reading_from_proto(message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NoReturn, Protocol
@@ -26,6 +26,7 @@ from sagecp.core.errors import (
     SageError,
 )
 from sagecp.rpc.errors import status_code_of, to_status
+from sagecp.runtime.tracing.base import CALLER_TRACE, TRACE_CONTEXT_KEYS
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +42,25 @@ class CallInfo:
     Attributes:
         method: Full name, such as ``/sagecp.v1.InferenceService/Submit``.
         rpc_id: From the caller's ``x-request-id``, else made here.
-        peer: Address of the caller.
         code: Status it ended with.
         reason: Stable reason of an error, or ``""``.
         duration_s: From start to end.
     """
 
-    __slots__ = ("code", "duration_s", "method", "peer", "reason", "rpc_id")
+    __slots__ = ("_context", "code", "duration_s", "method", "reason", "rpc_id")
 
-    def __init__(self, method: str, rpc_id: str, peer: str) -> None:
+    def __init__(self, method: str, rpc_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self.method = method
         self.rpc_id = rpc_id
-        self.peer = peer
+        self._context = context
         self.code = grpc.StatusCode.OK
         self.reason = ""
         self.duration_s = 0.0
+
+    @property
+    def peer(self) -> str:
+        """Address of the caller. Asked for when it is needed: most calls never do."""
+        return self._context.peer()
 
 
 class CallObserver(Protocol):
@@ -72,10 +77,16 @@ Handler = Callable[[Any, Any], Awaitable[Any]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler of our services once, and reuses the wrapper."""
+    """Wraps every handler of our services once, and reuses the wrapper.
 
-    def __init__(self, observers: Sequence[CallObserver]) -> None:
+    Args:
+        observers: Told about every call.
+        traced: Let the tracer know the trace context that a call came with.
+    """
+
+    def __init__(self, observers: Sequence[CallObserver], *, traced: bool = False) -> None:
         self._observers = tuple(observers)
+        self._traced = traced
         self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(
@@ -99,24 +110,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
         inner: Handler = getattr(handler, kind)
         return getattr(grpc, f"{kind}_rpc_method_handler")(
-            self._around(method, inner),
+            self._around(method, inner, streaming=handler.request_streaming),
             _guarded(handler.request_deserializer, streaming=handler.request_streaming),
             handler.response_serializer,
         )
 
-    def _around(self, method: str, inner: Handler) -> Handler:
+    def _around(self, method: str, inner: Handler, *, streaming: bool) -> Handler:
         observers = self._observers
+        traced = self._traced
 
-        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: ANN401
-            info = CallInfo(method, _rpc_id(context), context.peer())
+        async def call(received: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: ANN401
+            info = CallInfo(method, _rpc_id(context), context)
             context.set_trailing_metadata(((REQUEST_ID_HEADER, info.rpc_id),))
+            if traced:
+                # Every call is handled in a task, and so in a context, of its own.
+                CALLER_TRACE.set(_trace_context(context))
             started_s = time.perf_counter()
             for observer in observers:
                 observer.started(info)
             try:
-                if request is _MALFORMED:
-                    raise _malformed_error()
-                return await inner(request, context)
+                # A message is left to the handler alone, which may let go of it before the call ends.
+                return await inner(received if streaming else received.pop(), context)
             except asyncio.CancelledError:
                 info.code = grpc.StatusCode.CANCELLED
                 raise
@@ -143,8 +157,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return call
 
 
-# Stands for a request that is not a message of its type.
-_MALFORMED = object()
+class _Received:
+    """The message of a call that sends one, until the handler takes it."""
+
+    __slots__ = ("_message",)
+
+    def __init__(self, message: Any) -> None:  # noqa: ANN401 - a message
+        self._message = message
+
+    def pop(self) -> Any:  # noqa: ANN401 - a message
+        """Hand the message over.
+
+        Raises:
+            InvalidRequestError: What came is no message of the method's type.
+        """
+        message, self._message = self._message, None
+        if message is None:
+            raise _malformed_error()
+        return message
 
 
 def _malformed_error() -> InvalidRequestError:
@@ -163,12 +193,13 @@ def _guarded(deserialize: Callable[[bytes], Any], *, streaming: bool) -> Callabl
 
     def guarded(data: bytes) -> Any:  # noqa: ANN401 - a message
         try:
-            return deserialize(data)
+            message = deserialize(data)
         except DecodeError:
             if streaming:
                 # Read by the handler itself, inside the wrapper.
                 raise _malformed_error() from None
-            return _MALFORMED
+            return _Received(None)
+        return message if streaming else _Received(message)
 
     return guarded
 
@@ -177,7 +208,15 @@ def _rpc_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_HEADER and isinstance(value, str) and value and value.isprintable():
             return value[:_MAX_REQUEST_ID_LENGTH]
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
+
+
+def _trace_context(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
+    return {
+        key: value
+        for key, value in context.invocation_metadata() or ()
+        if key in TRACE_CONTEXT_KEYS and isinstance(value, str)
+    }
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SageError, rpc_id: str) -> None:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
+import contextlib
+from itertools import islice
 from typing import Any
 
 import grpc
 
-from sagecp.core.errors import FieldViolation, InvalidRequestError, NotImplementedYetError
+from sagecp.core.errors import NotImplementedYetError, ShuttingDownError
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.router.registry import LOAD_BALANCERS, ROUTING_STRATEGIES
 from sagecp.core.settings import SchedulingSettings
-from sagecp.core.types import RequestPriority
-from sagecp.rpc.convert.admin import metrics_to_proto, status_to_proto
-from sagecp.rpc.convert.common import check_enum
+from sagecp.rpc.convert.admin import status_to_proto
+from sagecp.rpc.convert.events import event_page_from_proto, filter_from_proto
+from sagecp.rpc.convert.metrics import query_from_proto, watch_from_proto
 from sagecp.rpc.convert.scheduling import change_from_proto, parameters_to_proto, settings_to_proto
+from sagecp.rpc.servicers.metrics import MetricsSnapshots
+from sagecp.rpc.servicers.paging import page_token
 from sagecp.runtime.manager import ControlPlaneManager
-from sagecp.runtime.monitor import DEFAULT_WINDOW_S, LONGEST_WINDOW_S, MetricsKey
 from sagecp.v1 import admin_service_pb2 as pb
-from sagecp.v1 import admin_service_pb2_grpc, metrics_pb2, request_pb2, scheduling_pb2
-from sagecp.wire.times import duration, seconds_of, timestamp
+from sagecp.v1 import admin_service_pb2_grpc, scheduling_pb2
+from sagecp.wire.events import event_to_proto
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-MAX_GROUPS = 1000
 
 
 class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
@@ -32,55 +31,22 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
 
     def __init__(self, manager: ControlPlaneManager) -> None:
         self._manager = manager
+        self._metrics = MetricsSnapshots(manager)
+
+    def close_watches(self) -> None:
+        """End every stream of metrics, so that a stopping server need not wait for its readers."""
+        self._metrics.close()
 
     async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.GetMetricsResponse:
         """Return how the fleet does."""
-        violations: list[FieldViolation] = []
-        window_s = seconds_of(request.window) if request.HasField("window") else DEFAULT_WINDOW_S
-        if not 1.0 <= window_s <= LONGEST_WINDOW_S:
-            violations.append(FieldViolation("window", f"is {window_s:g} s; must be 1 s to 1 hour"))
-        priority = None
-        if check_enum("priority", request.priority, request_pb2.RequestPriority.DESCRIPTOR, violations):
-            priority = RequestPriority(request.priority)
-        check_enum("group_by", request.group_by, metrics_pb2.MetricsDimension.DESCRIPTOR, violations)
-        if violations:
-            raise InvalidRequestError(violations)
-        match = MetricsKey(request.model, request.instance_id, request.tenant_id, priority)
-        snapshot = metrics_pb2.MetricsSnapshot(
-            snapshot_time=timestamp(time.time()),
-            window=duration(window_s),
-            overall=metrics_to_proto(self._manager.get_metrics(window_s, match)),
-        )
-        for value, group in self._groups(request.group_by, match):
-            # A thousand groups take a while, and tokens must not wait for them.
-            await asyncio.sleep(0)
-            snapshot.groups.add(
-                value=value, metrics=metrics_to_proto(self._manager.get_metrics(window_s, group))
-            )
-        return pb.GetMetricsResponse(snapshot=snapshot)
+        return pb.GetMetricsResponse(snapshot=await self._metrics.snapshot(query_from_proto(request)))
 
-    def _groups(self, dimension: int, match: MetricsKey) -> list[tuple[str, MetricsKey]]:
-        """Return the values of a dimension that pass the filter, each with the filter for it alone."""
-        if dimension == metrics_pb2.METRICS_DIMENSION_UNSPECIFIED:
-            return []
-        found: dict[str, MetricsKey] = {}
-        for key in self._manager.monitor.combinations():
-            if not match.matches(key):
-                continue
-            model, instance_id, tenant_id = match.model, match.instance_id, match.tenant_id
-            priority = match.priority
-            if dimension == metrics_pb2.METRICS_DIMENSION_MODEL:
-                value = model = key.model
-            elif dimension == metrics_pb2.METRICS_DIMENSION_INSTANCE:
-                value = instance_id = key.instance_id
-            elif dimension == metrics_pb2.METRICS_DIMENSION_TENANT:
-                value = tenant_id = key.tenant_id
-            else:
-                priority = key.priority
-                value = priority.name if priority is not None else ""
-            if value:
-                found[value] = MetricsKey(model, instance_id, tenant_id, priority)
-        return sorted(found.items())[:MAX_GROUPS]
+    async def WatchMetrics(self, request: pb.WatchMetricsRequest, context: Context) -> None:  # type: ignore[override]
+        """Send how the fleet does, again and again."""
+        query, interval_s = watch_from_proto(request)
+        async with contextlib.aclosing(self._metrics.watch(query, interval_s)) as snapshots:
+            async for snapshot in snapshots:
+                await context.write(pb.WatchMetricsResponse(snapshot=snapshot))
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         """Return the state of the control plane."""
@@ -109,17 +75,28 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             available_load_balancers=LOAD_BALANCERS.names,
         )
 
-    async def WatchMetrics(self, request: pb.WatchMetricsRequest, context: Context) -> None:  # type: ignore[override]
-        """Send metrics again and again. Not in this version."""
-        raise NotImplementedYetError("WatchMetrics is not implemented by this version; poll GetMetrics")
-
     async def ListEvents(self, request: pb.ListEventsRequest, context: Context) -> pb.ListEventsResponse:
-        """Return what happened of late. Not in this version."""
-        raise NotImplementedYetError("ListEvents is not implemented by this version")
+        """Return a page of what happened of late, newest first."""
+        wanted, size, before = event_page_from_proto(request)
+        # One more, to know whether there is another page. A token holds the last number of its page.
+        found = list(islice(self._manager.events.newest_first(wanted, before), size + 1))
+        page = found[:size]
+        return pb.ListEventsResponse(
+            events=map(event_to_proto, page),
+            next_page_token=page_token("event", str(page[-1].sequence)) if len(found) > size else "",
+        )
 
     async def WatchEvents(self, request: pb.WatchEventsRequest, context: Context) -> None:  # type: ignore[override]
-        """Send what happens. Not in this version."""
-        raise NotImplementedYetError("WatchEvents is not implemented by this version")
+        """Send what happened since a number, then what happens."""
+        after = request.after_sequence if request.HasField("after_sequence") else None
+        with self._manager.events.watch(filter_from_proto(request.filter), after) as watch:
+            # So that the caller knows from when on it misses nothing.
+            await context.send_initial_metadata(())
+            async for event, skipped_count in watch:
+                await context.write(
+                    pb.WatchEventsResponse(event=event_to_proto(event), skipped_count=skipped_count)
+                )
+        raise ShuttingDownError("the control plane is shutting down; connect again")
 
     async def UpdateSchedulingConfig(
         self, request: pb.UpdateSchedulingConfigRequest, context: Context

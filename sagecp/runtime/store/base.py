@@ -42,15 +42,19 @@ class StoreStatus:
         trouble: Why not, in a sentence; ``""`` while all is well.
         pending_count: Records that wait to be written.
         written_count: Records written since the start.
+        pending_bytes: What those take.
         commit_count: Transactions since the start: fewer than records, because many share one.
+        commit_s: Time that those took together, from the first row to the medium.
         size_bytes: What it takes on its medium; 0 where that is memory.
     """
 
     accepting: bool = True
     trouble: str = ""
     pending_count: int = 0
+    pending_bytes: int = 0
     written_count: int = 0
     commit_count: int = 0
+    commit_s: float = 0.0
     size_bytes: int = 0
 
 

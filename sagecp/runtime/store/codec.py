@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
 import sys
 from array import array
 from collections.abc import Callable, Iterable
@@ -10,7 +13,14 @@ from typing import Any
 import msgspec
 
 from sagecp.core.prediction.step_time import StepTimeParameters
-from sagecp.core.types import ExecutionInstance, RequestMetadata, RequestStatus
+from sagecp.core.types import (
+    EngineCapability,
+    ExecutionInstance,
+    GpuDevice,
+    PromptDigest,
+    RequestMetadata,
+    RequestStatus,
+)
 from sagecp.runtime.engines.base import EngineDelta
 from sagecp.runtime.store.records import (
     InstanceKept,
@@ -26,13 +36,19 @@ _OVERHEAD_BYTES = 256
 _PIECE_BYTES = 64
 
 _encode = msgspec.msgpack.Encoder().encode
+_METADATA_FIELDS = tuple(field.name for field in dataclasses.fields(RequestMetadata))
+_metadata_values = operator.attrgetter(*_METADATA_FIELDS)
 _decode_metadata = msgspec.msgpack.Decoder(RequestMetadata).decode
+_decode_devices = functools.partial(msgspec.convert, type=tuple[GpuDevice, ...])
 _decode_status = msgspec.msgpack.Decoder(RequestStatus).decode
 
 
-def encode_metadata(metadata: RequestMetadata) -> bytes:
-    """Return what was asked as bytes."""
-    return _encode(metadata)
+def encode_metadata(metadata: RequestMetadata, digest: PromptDigest) -> bytes:
+    """Return what was asked as bytes, with the prompt's digest, so that a restart need not make it again."""
+    fields = dict(zip(_METADATA_FIELDS, _metadata_values(metadata), strict=True))
+    # A copy of the metadata for this one field would cost as much as all the rest.
+    fields["prompt_digest"] = digest
+    return _encode(fields)
 
 
 def decode_metadata(data: bytes) -> RequestMetadata:
@@ -60,6 +76,8 @@ def decode_instance(data: bytes) -> ExecutionInstance:
     # Not by type: the core names one of the fields' types for checkers only.
     fields: dict[str, Any] = msgspec.msgpack.decode(data)
     fields["model_aliases"] = tuple(fields["model_aliases"])
+    fields["gpu_devices"] = _decode_devices(fields.get("gpu_devices", ()))
+    fields["engine_capabilities"] = frozenset(map(EngineCapability, fields.get("engine_capabilities", ())))
     if fields["step_time"] is not None:
         fields["step_time"] = StepTimeParameters(**fields["step_time"])
     return ExecutionInstance(**fields)

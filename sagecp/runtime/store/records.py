@@ -126,12 +126,23 @@ class RequestEnded(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
 
 class InstanceKept(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """An instance is registered, or changed. ``specification``: see the codec."""
+    """An instance is registered, or changed.
+
+    Attributes:
+        instance_id: Its id.
+        incarnation: Of its agent.
+        draining: There is an order to drain it.
+        specification: What it is; see the codec.
+        sleep_level: Its engine is to sleep once it is drained; 0: it is not.
+        lora_adapters: What it was told to have loaded, name and path; ``None``: nothing.
+    """
 
     instance_id: str
     incarnation: int
     draining: bool
     specification: bytes
+    sleep_level: int = 0
+    lora_adapters: tuple[tuple[str, str], ...] | None = None
 
 
 class InstanceDropped(msgspec.Struct, frozen=True, array_like=True, tag=8):

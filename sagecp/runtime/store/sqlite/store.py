@@ -192,8 +192,10 @@ class SqliteStore:
             accepting=is_open and self._refusal(0) is None,
             trouble=self._state.trouble if is_open else "the store is not open",
             pending_count=self._pending_count,
+            pending_bytes=self._pending_bytes,
             written_count=self._state.written_count,
             commit_count=self._state.commit_count,
+            commit_s=self._state.commit_s,
             size_bytes=size_bytes,
         )
 

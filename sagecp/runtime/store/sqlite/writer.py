@@ -66,6 +66,7 @@ class Outcome:
         is_final: Whether only a restart can help.
         written_count: Records written so far.
         commit_count: Transactions so far.
+        commit_s: Time that they took together.
     """
 
     answers: list[tuple[Written, StoreError | None]] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Outcome:
     is_final: bool = False
     written_count: int = 0
     commit_count: int = 0
+    commit_s: float = 0.0
 
 
 class JournalWriter:
@@ -113,6 +115,7 @@ class JournalWriter:
         self._is_final = False
         self._retry_s = 0.0
         self._written_count = self._commit_count = 0
+        self._commit_s = 0.0
 
     async def start(self) -> JournalFile:
         """Open the journal, in the thread.
@@ -206,6 +209,7 @@ class JournalWriter:
         """Write one batch of what waits; return how many rows it had."""
         batch = self._next_batch()
         records = [each.record for each in batch if each.record is not None]
+        begin_s = time.monotonic()
         try:
             written = file.write(records, sync=any(each.sync for each in batch))
         except apsw.Error as error:
@@ -216,6 +220,7 @@ class JournalWriter:
         self._answered_count = max(0, self._answered_count - len(batch))
         if written.rows:
             self._commit_count += 1
+            self._commit_s += time.monotonic() - begin_s
         self._written_count += len(records)
         reach("journal.before_ack")
         outcome = self._outcome()
@@ -352,6 +357,7 @@ class JournalWriter:
             is_final=self._is_final,
             written_count=self._written_count,
             commit_count=self._commit_count,
+            commit_s=self._commit_s,
         )
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
