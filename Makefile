@@ -18,10 +18,10 @@ PROTO_READY := .venv-proto/.installed
 TYPINGS_READY := typings/.generated
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 PROTO := env PATH="$(CURDIR)/.venv-proto/bin:$$PATH"
-PYTHON_FILES := $(wildcard sagecp tests bench clients protos)
+PYTHON_FILES := $(wildcard sagecp tests bench clients protos deploy)
 
 # The test folders of `make test`; of tests/faults the quick rows, and tests/e2e needs engines.
-TEST_FOLDERS := $(wildcard tests/unit tests/contract tests/rpc tests/sim tests/faults)
+TEST_FOLDERS := $(wildcard tests/unit tests/contract tests/rpc tests/sim tests/console tests/observability tests/faults)
 # How long `make soak` goes on, and which faults it draws.
 MINUTES ?= 10
 SEED ?= 0
@@ -109,4 +109,4 @@ bench: $(READY) ## Measure what the control plane costs; prints a report, assert
 .PHONY: clean
 clean: ## Remove environments, caches and generated types (stubs stay: they are part of the source)
 	rm -rf .venv .venv-proto typings build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
-	find sagecp tests bench clients protos -name __pycache__ -type d -prune -exec rm -rf {} +
+	find sagecp tests bench clients protos deploy -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from sagecp.cli.options import DURATION, ServerOptions, output_option, server_options
+from sagecp.cli.complete import complete_instances
+from sagecp.cli.options import DURATION, ServerOptions, one_format_option, server_options
 
 _EPILOG = """\b
 Examples:
@@ -15,7 +16,7 @@ Examples:
 
 
 @click.command("drain", epilog=_EPILOG)
-@click.argument("instance_id")
+@click.argument("instance_id", shell_complete=complete_instances)
 @click.option("--wait", is_flag=True, help="Wait until nothing runs there, and show how far it is.")
 @click.option(
     "--grace",
@@ -35,11 +36,11 @@ Examples:
     help="Only this incarnation of the instance.  [whichever is registered]",
 )
 @click.option("--cause", default="", help="Why, for the record.")
-@output_option
+@one_format_option
 @server_options
 def drain(
     connection: ServerOptions,
-    as_json: bool,
+    output: str,
     instance_id: str,
     wait: bool,
     grace_s: float | None,
@@ -68,4 +69,4 @@ def drain(
     )
     if now or grace_s is not None:
         query.grace_period.FromMicroseconds(round((grace_s or 0.0) * 1e6))
-    drain_view.run(connection, query, wait=wait, as_json=as_json)
+    drain_view.run(connection, query, wait=wait, output=output)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import shutil
-import sys
 import time
 
 import click
@@ -13,16 +10,13 @@ from sagecp.cli import render
 from sagecp.cli.connect import talk
 from sagecp.cli.exit_codes import ExitCode
 from sagecp.cli.failures import CliError
-from sagecp.cli.json_output import print_message
+from sagecp.cli.instance_wait import Goal, wait_for
 from sagecp.cli.options import ServerOptions
-from sagecp.client import ConflictError, Instance, NotFoundError, SageClient, UnavailableError, convert
+from sagecp.cli.output import is_for_programs, print_object
+from sagecp.client import ConflictError, Instance, SageClient, convert
 from sagecp.core.errors import ErrorReason
 from sagecp.core.types import InstanceState
 from sagecp.v1 import fleet_service_pb2, instance_pb2
-
-_POLL_S = 0.25
-# A control plane that restarts is waited for; one that stays away is not.
-_LONGEST_SILENCE_S = 60.0
 
 
 def run(
@@ -30,7 +24,7 @@ def run(
     query: fleet_service_pb2.DrainInstanceRequest,
     *,
     wait: bool,
-    as_json: bool,
+    output: str,
 ) -> None:
     """Order a drain or take it back, wait where that was asked for, and print how the instance is.
 
@@ -43,8 +37,8 @@ def run(
         return await _wait(client, message, connection.timeout_s) if wait else message
 
     message = talk(connection, conversation)
-    if as_json:
-        print_message(message)
+    if is_for_programs(output):
+        print_object(message, output)
     else:
         instance = convert.instance(message)
         click.echo(_undone_text(instance) if query.undo else _outcome_text(instance))
@@ -74,121 +68,57 @@ async def _order(client: SageClient, query: fleet_service_pb2.DrainInstanceReque
     try:
         return (await client.connection.unary(client.connection.fleet.DrainInstance, query)).instance
     except ConflictError as error:
-        if error.reason is not ErrorReason.DRAIN_REFUSED:
-            raise
-        raise CliError(
-            error.message,
-            hint=f"sagecp drain {query.instance_id} --force drains it all the same; "
-            "sagecp instances shows the rest of the fleet",
-            exit_code=ExitCode.NOT_FOUND_OR_CONFLICT,
-        ) from error
+        raise with_force_hint(error, f"sagecp drain {query.instance_id}", "drains") from error
+
+
+def with_force_hint(error: ConflictError, command: str, does: str) -> Exception:
+    """Return a refusal with the way past it, where the rest of the fleet was the reason.
+
+    Args:
+        error: The refusal.
+        command: What was refused.
+        does: What the command does all the same, with ``--force``.
+    """
+    if error.reason is not ErrorReason.DRAIN_REFUSED:
+        return error
+    return CliError(
+        error.message,
+        hint=f"{command} --force {does} it all the same; sagecp instances shows the rest of the fleet",
+        exit_code=ExitCode.NOT_FOUND_OR_CONFLICT,
+    )
 
 
 async def _wait(
     client: SageClient, message: instance_pb2.Instance, timeout_s: float | None
 ) -> instance_pb2.Instance:
-    progress = _Progress(message)
     instance_id = message.spec.instance_id
-    try:
-        async with asyncio.timeout(timeout_s):
-            await _follow(client, progress)
-    except TimeoutError:
-        left = convert.instance(progress.message)
-        raise CliError(
+
+    def late(left: Instance) -> CliError:
+        return CliError(
             f"{instance_id} is {left.state.name} after {render.duration(timeout_s)}, with "
             f"{render.plural(left.in_flight_request_count, 'request')} in flight; the drain goes on",
             hint=f"sagecp drain {instance_id} --now --wait moves them, --undo takes the drain back",
             exit_code=ExitCode.DEADLINE,
-        ) from None
-    except asyncio.CancelledError:
-        progress.end()
-        click.echo(
-            f"the drain goes on: sagecp drain {instance_id} --wait, or --undo to take it back", err=True
         )
-        raise
-    finally:
-        progress.end()
-    return progress.message
 
-
-async def _follow(client: SageClient, progress: _Progress) -> None:
-    """Look at an instance until it is DRAINED."""
-    instance_id = progress.message.spec.instance_id
-    query = fleet_service_pb2.GetInstanceRequest(instance_id=instance_id)
-    answered_s = time.monotonic()
-    while progress.message.state != instance_pb2.INSTANCE_STATE_DRAINED:
-        await asyncio.sleep(_POLL_S)
-        try:
-            response = await client.connection.unary(client.connection.fleet.GetInstance, query)
-        except UnavailableError:
-            if time.monotonic() - answered_s > _LONGEST_SILENCE_S:
-                raise
-            progress.note_silence()
-            continue
-        except NotFoundError as error:
-            raise CliError(
-                f"{instance_id} left the fleet before it was drained",
-                hint="requests that ran there went on, or were tried elsewhere: sagecp requests "
-                f"--instance {instance_id}",
-                exit_code=ExitCode.NOT_FOUND_OR_CONFLICT,
-            ) from error
-        answered_s = time.monotonic()
-        progress.show(response.instance)
-        if not response.instance.HasField("drain"):
-            raise CliError(
-                f"{instance_id} is not drained any more: somebody took the drain back",
-                exit_code=ExitCode.NOT_FOUND_OR_CONFLICT,
-            )
-
-
-class _Progress:
-    """Says on standard error how far a drain is: a line that changes on a terminal, else a line per change.
-
-    Attributes:
-        message: The instance as it was last seen.
-    """
-
-    def __init__(self, message: instance_pb2.Instance) -> None:
-        self._on_terminal = sys.stderr.isatty()
-        self._shown: tuple[object, ...] = ()
-        self._is_open = False
-        self.message = message
-        self.show(message)
-
-    def show(self, message: instance_pb2.Instance) -> None:
-        """Say how the instance is now."""
-        self.message = message
-        instance = convert.instance(message)
-        drain = instance.drain
-        moved_count = drain.moved_request_count if drain is not None else 0
-        news = (instance.state, instance.in_flight_request_count, moved_count)
-        if self._on_terminal:
-            self._overwrite(_progress_text(instance, time.time()))
-        elif news != self._shown and instance.state is not InstanceState.DRAINED:
-            click.echo(_progress_text(instance), err=True)
-        self._shown = news
-
-    def note_silence(self) -> None:
-        """Say that the control plane does not answer."""
-        text = f"{self.message.spec.instance_id}: the control plane does not answer; trying again"
-        if self._on_terminal:
-            self._overwrite(text)
-        elif self._shown:
-            click.echo(text, err=True)
-        self._shown = ()
-
-    def end(self) -> None:
-        """Clear the line that changes."""
-        if self._is_open:
-            self._overwrite("")
-            self._is_open = False
-
-    def _overwrite(self, text: str) -> None:
-        width = shutil.get_terminal_size().columns
-        # Not by click, which takes what clears the rest of a line for a colour.
-        sys.stderr.write(f"\r{render.harmless(text)[: width - 1]}\x1b[K")
-        sys.stderr.flush()
-        self._is_open = True
+    goal = Goal(
+        is_reached=lambda found: found.state == instance_pb2.INSTANCE_STATE_DRAINED,
+        is_off=lambda found: not found.HasField("drain"),
+        text=_progress_text,
+        off=CliError(
+            f"{instance_id} is not drained any more: somebody took the drain back",
+            exit_code=ExitCode.NOT_FOUND_OR_CONFLICT,
+        ),
+        gone=CliError(
+            f"{instance_id} left the fleet before it was drained",
+            hint="requests that ran there went on, or were tried elsewhere: sagecp requests "
+            f"--instance {instance_id}",
+            exit_code=ExitCode.NOT_FOUND_OR_CONFLICT,
+        ),
+        late=late,
+        on_interrupt=f"the drain goes on: sagecp drain {instance_id} --wait, or --undo to take it back",
+    )
+    return await wait_for(client, message, goal, timeout_s)
 
 
 # -- texts ------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sagecp.cli.complete import complete_requests
 from sagecp.cli.options import ServerOptions, output_option, server_options
 
 if TYPE_CHECKING:
     from sagecp.core.types import SchedulingDecision
+    from sagecp.v1 import inference_service_pb2
 
 # Columns before the values, and the least that a long value is given.
 _NAMES_WIDTH = 14
@@ -18,7 +20,7 @@ _LEAST_WIDTH = 30
 
 
 @click.command("explain")
-@click.argument("request_id")
+@click.argument("request_id", shell_complete=complete_requests)
 @click.option(
     "--rerun",
     is_flag=True,
@@ -32,7 +34,6 @@ def explain(connection: ServerOptions, as_json: bool, request_id: str, rerun: bo
     The best candidates are listed, best first; `*` marks the one chosen. The
     receipt holds everything the choice was made from: --rerun makes it again.
     """
-    from sagecp.cli import render
     from sagecp.cli.connect import talk
     from sagecp.cli.exit_codes import ExitCode
     from sagecp.cli.json_output import print_message
@@ -51,20 +52,37 @@ def explain(connection: ServerOptions, as_json: bool, request_id: str, rerun: bo
     if as_json:
         print_message(message)
     else:
-        status = convert.request_status(message.request)
-        click.echo(f"{status.request_id} {render.state_text(status.state.name)}")
-        if not decisions:
-            click.echo("not dispatched so far")
+        show_heading(message)
     same = True
     for each in decisions:
         if not as_json:
-            _show(each)
+            show_decision(each)
         if rerun:
             same = _run_again(each, as_json=as_json) and same
     return ExitCode.OK if same else ExitCode.UNEXPECTED
 
 
-def _show(decision: SchedulingDecision) -> None:
+def show_explanation(message: inference_service_pb2.ExplainRequestResponse) -> None:
+    """Print a request and each of its dispatches."""
+    from sagecp.client import convert
+
+    show_heading(message)
+    for each in message.decisions:
+        show_decision(convert.decision(each))
+
+
+def show_heading(message: inference_service_pb2.ExplainRequestResponse) -> None:
+    """Print which request it is, and how it is."""
+    from sagecp.cli import render
+    from sagecp.client import convert
+
+    status = convert.request_status(message.request)
+    click.echo(f"{status.request_id} {render.state_text(status.state.name)}")
+    if not message.decisions:
+        click.echo("not dispatched so far")
+
+
+def show_decision(decision: SchedulingDecision) -> None:
     """Print one dispatch."""
     from sagecp.cli import render
 

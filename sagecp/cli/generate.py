@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from sagecp.cli.complete import complete_requests
 from sagecp.cli.options import ServerOptions, output_option, server_options
 from sagecp.cli.request_options import make_spec, request_options
 
@@ -58,7 +59,7 @@ def submit(connection: ServerOptions, as_json: bool, request: dict[str, Any], wa
 
 
 @click.command("stream")
-@click.argument("request_id")
+@click.argument("request_id", shell_complete=complete_requests)
 @click.option(
     "--from",
     "from_token_index",

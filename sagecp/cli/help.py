@@ -26,6 +26,7 @@ def help_command(context: click.Context, topics: tuple[str, ...]) -> None:
     root = context.find_root()
     if topics == ("exit-codes",):
         click.echo(table_text())
+        click.echo("sagecp check has those of monitoring systems: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN")
     elif topics == ("environment",):
         click.echo(_ENVIRONMENT)
     else:

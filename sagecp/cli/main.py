@@ -7,12 +7,15 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from sagecp.cli.exit_codes import ExitCode, table_text
 from sagecp.cli.failures import CliError, print_error
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +41,23 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
         "submit": Entry("sagecp.cli.generate:submit", "Hand in a request and print its id."),
         "stream": Entry("sagecp.cli.generate:stream", "Print the output of a request handed in before."),
         "cancel": Entry("sagecp.cli.requests:cancel", "Stop requests."),
-        "requests": Entry("sagecp.cli.requests:requests", "List requests, or look at one."),
+        "requests": Entry("sagecp.cli.requests:requests", "List, watch and look at requests."),
         "explain": Entry("sagecp.cli.explain:explain", "Say why a request went where it went."),
     },
     "Operate": {
-        "instances": Entry("sagecp.cli.instances:instances", "List, register and remove engines."),
+        "top": Entry("sagecp.cli.top.command:top", "Watch the fleet on a full screen, and act on it.", "tui"),
+        "instances": Entry(
+            "sagecp.cli.instances:instances", "List, watch, look at, register and remove engines."
+        ),
+        "events": Entry("sagecp.cli.events:events", "List what happened to the fleet, and follow it."),
         "drain": Entry("sagecp.cli.drain:drain", "Give an engine no new work, and wait until it is empty."),
+        "sleep": Entry("sagecp.cli.sleep:sleep", "Have an engine sleep, so that its GPUs are free."),
+        "wake": Entry("sagecp.cli.sleep:wake", "Wake an engine up."),
+        "lora": Entry("sagecp.cli.lora:lora", "Say which LoRA adapters an engine should have."),
         "status": Entry("sagecp.cli.status:status", "Show the state of the control plane."),
         "policy": Entry("sagecp.cli.policy:policy", "Show and change how requests are ordered and placed."),
         "metrics": Entry("sagecp.cli.metrics:metrics", "Show latencies, throughput and objectives."),
+        "check": Entry("sagecp.cli.check:check", "A line and an exit code for monitoring systems."),
         "journal": Entry(
             "sagecp.cli.journal:journal", "Check or salvage a stopped server's journal.", "server"
         ),
@@ -66,6 +77,8 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
         "demo": Entry("sagecp.cli.demo.command:demo", "Replay a real trace and report the latencies.", "all"),
     },
     "More": {
+        "cheat": Entry("sagecp.cli.cheat:cheat", "Show the most useful commands."),
+        "completion": Entry("sagecp.cli.completion:completion", "Have the shell complete commands and ids."),
         "version": Entry("sagecp.cli.version:version", "Print versions."),
         "help": Entry("sagecp.cli.help:help_command", "Explain a command, or exit-codes, environment."),
     },
@@ -111,13 +124,25 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a command; for an unknown one suggest those that look alike."""
         name = args[0] if args else ""
-        if name and not name.startswith("-") and name not in COMMANDS:
+        if name and not name.startswith("-") and name not in COMMANDS and not ctx.resilient_parsing:
             import difflib
 
             close = difflib.get_close_matches(name, COMMANDS, n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else "sagecp --help lists the commands"
             raise CliError(f"there is no command {name!r}", hint=hint, exit_code=ExitCode.INVALID)
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer the commands, without importing them."""
+        from click.shell_completion import CompletionItem
+
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        return [
+            CompletionItem(name, help=entry.summary)
+            for name, entry in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - as in the class above
         """Run the command; whoever stops reading its output ends it."""

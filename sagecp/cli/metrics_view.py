@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from sagecp.cli import render
-from sagecp.cli.json_output import print_message
+from sagecp.cli.output import is_for_programs, print_object
 from sagecp.client import SageClient, convert
 from sagecp.core.types import DurationQuantiles, PerformanceMetrics
 from sagecp.v1 import admin_service_pb2, metrics_pb2, request_pb2
@@ -13,12 +13,12 @@ from sagecp.v1 import admin_service_pb2, metrics_pb2, request_pb2
 
 def query(
     *,
-    window_s: float | None,
-    group_by: str | None,
-    model: str,
-    instance_id: str,
-    tenant_id: str,
-    priority: str | None,
+    window_s: float | None = None,
+    group_by: str | None = None,
+    model: str = "",
+    instance_id: str = "",
+    tenant_id: str = "",
+    priority: str | None = None,
 ) -> admin_service_pb2.GetMetricsRequest:
     """Return the message for the command's options."""
     message = admin_service_pb2.GetMetricsRequest(model=model, instance_id=instance_id, tenant_id=tenant_id)
@@ -39,10 +39,10 @@ async def fetch(
     return (await client.connection.unary(client.connection.admin.GetMetrics, message)).snapshot
 
 
-def show(snapshot: metrics_pb2.MetricsSnapshot, group_by: str, *, as_json: bool) -> None:
+def show(snapshot: metrics_pb2.MetricsSnapshot, group_by: str, output: str) -> None:
     """Print metrics."""
-    if as_json:
-        print_message(snapshot)
+    if is_for_programs(output):
+        print_object(snapshot, output)
         return
     figures = convert.metrics(snapshot)
     overall = figures.overall

@@ -8,9 +8,15 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from sagecp.cli.exit_codes import ExitCode
+from sagecp.cli.failures import CliError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,6 +28,9 @@ class DurationType(click.ParamType):  # type: ignore[type-arg]  # generic only i
 
     name = "duration"
 
+    def __init__(self, *, least_s: float = 0.0) -> None:
+        self._least_s = least_s
+
     def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Return seconds."""
         if isinstance(value, (int, float)):
@@ -29,7 +38,10 @@ class DurationType(click.ParamType):  # type: ignore[type-arg]  # generic only i
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(us|ms|s|m|h|d|)\s*", value)
         if match is None:
             self.fail(f"{value!r} is not a duration; for example 500ms, 5s or 2m", param, ctx)
-        return float(match[1]) * _UNITS_S[match[2]]
+        seconds = float(match[1]) * _UNITS_S[match[2]]
+        if seconds < self._least_s:
+            self.fail(f"{value!r} is too short; at least {self._least_s:g}s", param, ctx)
+        return seconds
 
 
 class JsonPairType(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases
@@ -211,6 +223,81 @@ def output_option(function: F) -> F:
     return option(function)
 
 
+_FORMATS = {
+    "table": "table for people",
+    "wide": "wide with more columns",
+    "json": "json for programs (one object per line)",
+    "yaml": "yaml",
+    "name": "name for ids alone",
+}
+
+
+def format_option(*formats: str) -> Callable[[F], F]:
+    """Return a decorator that adds -o for some formats, the first by default; it arrives as ``output``."""
+
+    def check(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+        import importlib.util
+
+        if value == "yaml" and importlib.util.find_spec("yaml") is None:
+            raise CliError(
+                "-o yaml needs the Python package PyYAML, which is not installed",
+                hint="pip install 'sagecp[cli]', or -o json",
+                exit_code=ExitCode.INVALID,
+            )
+        return value
+
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(formats),
+        default=formats[0],
+        callback=check,
+        help=", ".join(_FORMATS[name] for name in formats) + ".",
+    )
+
+
+one_format_option = format_option("table", "json", "yaml")
+list_format_option = format_option("table", "wide", "json", "yaml", "name")
+
+
+def list_options(function: F) -> F:
+    """Add how a list is printed: ``output``, ``headers``, ``sort_by`` and ``reverse``."""
+    decorated: Any = function
+    for option in (
+        click.option("--reverse", is_flag=True, help="The other way round."),
+        click.option(
+            "--sort-by", default="", metavar="COLUMN", help="What is listed, by a column of -o wide."
+        ),
+        headers_option,
+        list_format_option,
+    ):
+        decorated = option(decorated)
+    result: F = decorated
+    return result
+
+
+def headers_option(function: F) -> F:
+    """Add --no-headers; it arrives as ``headers``."""
+    return click.option(
+        "--no-headers",
+        "headers",
+        is_flag=True,
+        callback=lambda _ctx, _parameter, value: not value,
+        help="Rows alone, for scripts.",
+    )(function)
+
+
+interval_option = click.option(
+    "--interval",
+    "interval_s",
+    type=DurationType(least_s=0.1),
+    default="1s",
+    show_default=True,
+    metavar="T",
+    help="How often to look.",
+)
+
+
 class DefaultCommandGroup(click.Group):
     """A group that runs one of its commands when none is named.
 
@@ -221,6 +308,16 @@ class DefaultCommandGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the default command in front of options."""
-        if not args or (args[0].startswith("-") and args[0] not in {"-h", "--help"}):
+        # While the shell completes, nothing yet may still become the name of a command.
+        nothing = not args and not ctx.resilient_parsing
+        if nothing or (args and args[0].startswith("-") and args[0] not in {"-h", "--help"}):
             args.insert(0, self.default_command)
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer the commands, and the options of the default one."""
+        if not incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        command = self.commands[self.default_command]
+        with command.make_context(self.default_command, [], parent=ctx, resilient_parsing=True) as below:
+            return command.shell_complete(below, incomplete)

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from sagecp.cli.options import NUMBER_PAIR, DefaultCommandGroup, ServerOptions, output_option, server_options
+from sagecp.cli.complete import complete_load_balancers, complete_policies, complete_routing
+from sagecp.cli.options import (
+    NUMBER_PAIR,
+    DefaultCommandGroup,
+    ServerOptions,
+    one_format_option,
+    server_options,
+)
 
 _dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be; change nothing.")
 _if_version = click.option(
@@ -33,31 +40,41 @@ def policy() -> None:
 
 
 @policy.command()
-@output_option
+@one_format_option
 @server_options
-def get(connection: ServerOptions, as_json: bool) -> None:
+def get(connection: ServerOptions, output: str) -> None:
     """Show what is in force and why, the parameters that were changed, and earlier versions."""
     from sagecp.cli import policy_view
     from sagecp.cli.connect import talk
 
-    policy_view.show(talk(connection, policy_view.fetch), as_json=as_json)
+    policy_view.show(talk(connection, policy_view.fetch), output=output)
 
 
 @policy.command()
-@output_option
+@one_format_option
 @server_options
-def parameters(connection: ServerOptions, as_json: bool) -> None:
+def parameters(connection: ServerOptions, output: str) -> None:
     """List every parameter: value, default, range, and what it does. `*` marks changed ones."""
     from sagecp.cli import policy_view
     from sagecp.cli.connect import talk
 
-    policy_view.show_parameters(talk(connection, policy_view.fetch), as_json=as_json)
+    policy_view.show_parameters(talk(connection, policy_view.fetch), output=output)
 
 
 @policy.command("set")
-@click.argument("scheduling_policy", metavar="[POLICY]", required=False, default="")
-@click.option("--routing", default="", metavar="NAME", help="Routing strategy.")
-@click.option("--load-balancer", default="", metavar="NAME", help="Load balancer.")
+@click.argument(
+    "scheduling_policy", metavar="[POLICY]", required=False, default="", shell_complete=complete_policies
+)
+@click.option(
+    "--routing", default="", metavar="NAME", help="Routing strategy.", shell_complete=complete_routing
+)
+@click.option(
+    "--load-balancer",
+    default="",
+    metavar="NAME",
+    help="Load balancer.",
+    shell_complete=complete_load_balancers,
+)
 @click.option(
     "--set",
     "values",
@@ -72,11 +89,11 @@ def parameters(connection: ServerOptions, as_json: bool) -> None:
 )
 @_if_version
 @_dry_run
-@output_option
+@one_format_option
 @server_options
 def set_(
     connection: ServerOptions,
-    as_json: bool,
+    output: str,
     scheduling_policy: str,
     routing: str,
     load_balancer: str,
@@ -113,17 +130,17 @@ def set_(
     request = pb.UpdateSchedulingConfigRequest(
         config=config, reset_parameters=reset, expected_version=expected_version or 0, validate_only=dry_run
     )
-    _update(connection, request, as_json=as_json)
+    _update(connection, request, output=output)
 
 
 @policy.command()
 @click.argument("version", type=click.IntRange(min=1))
 @_if_version
 @_dry_run
-@output_option
+@one_format_option
 @server_options
 def revert(
-    connection: ServerOptions, as_json: bool, version: int, expected_version: int | None, dry_run: bool
+    connection: ServerOptions, output: str, version: int, expected_version: int | None, dry_run: bool
 ) -> None:
     """Go back to an earlier version, as a new version. `sagecp policy` lists those that are kept."""
     from sagecp.v1 import admin_service_pb2 as pb
@@ -131,12 +148,12 @@ def revert(
     request = pb.UpdateSchedulingConfigRequest(
         revert_to_version=version, expected_version=expected_version or 0, validate_only=dry_run
     )
-    _update(connection, request, as_json=as_json)
+    _update(connection, request, output=output)
 
 
-def _update(connection: ServerOptions, request: Any, *, as_json: bool) -> None:  # noqa: ANN401 - imported late
+def _update(connection: ServerOptions, request: Any, *, output: str) -> None:  # noqa: ANN401 - imported late
     from sagecp.cli import policy_view
     from sagecp.cli.connect import talk
 
     config = talk(connection, lambda client: policy_view.update(client, request))
-    policy_view.show_updated(config, as_json=as_json, dry_run=request.validate_only)
+    policy_view.show_updated(config, output=output, dry_run=request.validate_only)

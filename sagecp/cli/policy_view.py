@@ -7,7 +7,7 @@ import click
 from sagecp.cli import render
 from sagecp.cli.exit_codes import ExitCode
 from sagecp.cli.failures import CliError
-from sagecp.cli.json_output import print_message
+from sagecp.cli.output import is_for_programs, print_entry, print_object
 from sagecp.client import ConflictError, SageClient
 from sagecp.v1 import admin_service_pb2 as pb
 from sagecp.v1 import scheduling_pb2
@@ -44,10 +44,10 @@ async def update(
         ) from error
 
 
-def show(message: pb.GetSchedulingConfigResponse, *, as_json: bool) -> None:
+def show(message: pb.GetSchedulingConfigResponse, *, output: str) -> None:
     """Print the configuration in force and what came before it."""
-    if as_json:
-        print_message(message)
+    if is_for_programs(output):
+        print_object(message, output)
         return
     config = message.config
     defaults = {each.name: each.default_value for each in message.parameters}
@@ -73,11 +73,11 @@ def show(message: pb.GetSchedulingConfigResponse, *, as_json: bool) -> None:
         render.print_table(columns, [_row(each) for each in message.history])
 
 
-def show_parameters(message: pb.GetSchedulingConfigResponse, *, as_json: bool) -> None:
+def show_parameters(message: pb.GetSchedulingConfigResponse, *, output: str) -> None:
     """Print every parameter; as JSON one object each."""
-    if as_json:
+    if is_for_programs(output):
         for each in message.parameters:
-            print_message(each)
+            print_entry(each, output)
         return
     columns = (
         render.Column("  NAME"),
@@ -99,10 +99,10 @@ def show_parameters(message: pb.GetSchedulingConfigResponse, *, as_json: bool) -
     render.print_table(columns, rows)
 
 
-def show_updated(message: pb.UpdateSchedulingConfigResponse, *, as_json: bool, dry_run: bool) -> None:
+def show_updated(message: pb.UpdateSchedulingConfigResponse, *, output: str, dry_run: bool) -> None:
     """Print the configuration after a change."""
-    if as_json:
-        print_message(message)
+    if is_for_programs(output):
+        print_object(message, output)
         return
     config = message.config
     if dry_run:

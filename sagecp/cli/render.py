@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import io
 import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import click
@@ -17,13 +21,17 @@ _STATE_COLORS = {
     "READY": "green", "SUCCEEDED": "green", "SERVING": "green",
     "STARTING": "cyan", "RUNNING": "cyan", "DISPATCHED": "cyan",
     "QUEUED": "yellow", "DRAINING": "yellow", "DRAINED": "yellow", "CANCELLED": "yellow",
-    "UNHEALTHY": "red", "LOST": "red", "FAILED": "red", "EXPIRED": "red",
+    "WARNING": "yellow", "ERROR": "red", "CRITICAL": "red", "OK": "green",
+    "UNHEALTHY": "red", "LOST": "red", "GONE": "red", "FAILED": "red", "EXPIRED": "red",
 }  # fmt: skip
 _ELLIPSIS = "…"
+_STATE_WIDTH = len("DISPATCHED")
 # What others wrote must not steer the terminal: control characters go, colours of our own stay.
 _CONTROL = re.compile(r"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]")
+# Where what is printed is collected for a screen: how wide its lines may be.
+_captured_width: contextvars.ContextVar[int | None] = contextvars.ContextVar("captured_width", default=None)
 _GAP = "  "
-_MIN_FLEXIBLE_WIDTH = 8
+_LEAST_TEXT_WIDTH = 30
 NONE = "-"
 
 
@@ -37,6 +45,7 @@ class Column:
         state: Whether the cells are states, which have colours.
         flexible: Whether it may be shortened where the terminal is narrow.
         optional: Whether it may be left out there.
+        least_width: To which a flexible one is shortened before others are left out.
     """
 
     title: str
@@ -44,20 +53,55 @@ class Column:
     state: bool = False
     flexible: bool = False
     optional: bool = False
+    least_width: int = 8
 
 
-def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+class TablePrinter:
+    """Prints rows below each other as they come; the first ones set the widths, longer ones widen them.
+
+    Args:
+        columns: What there is.
+        headers: Whether the titles are printed, first and when the columns that fit change.
+        states_change: Whether columns of states have room for others from the start.
+    """
+
+    def __init__(
+        self, columns: Sequence[Column], *, headers: bool = True, states_change: bool = False
+    ) -> None:
+        self._columns = columns
+        self._headers = headers
+        self._widths = [
+            max(
+                _width(column.title) if headers else 0,
+                _STATE_WIDTH if column.state and states_change else 0,
+            )
+            for column in columns
+        ]
+        self._shown: list[int] | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no column was left out of what was printed last."""
+        return self._shown is None or len(self._shown) == len(self._columns)
+
+    def print(self, rows: Sequence[Sequence[str]]) -> None:
+        """Print rows; where the terminal is narrow, some columns are left out or shortened."""
+        rows = [[harmless(cell).replace("\n", " ") for cell in row] for row in rows]
+        for row in rows:
+            self._widths = [max(width, _width(cell)) for width, cell in zip(self._widths, row, strict=True)]
+        widths = list(self._widths)
+        kept = _fit(self._columns, widths)
+        columns, widths = [self._columns[i] for i in kept], [widths[i] for i in kept]
+        if self._headers and kept != self._shown:
+            click.echo(_line([column.title for column in columns], columns, widths, styled=False))
+        self._shown = kept
+        for row in rows:
+            click.echo(_line([row[i] for i in kept], columns, widths, styled=True))
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, headers: bool = True) -> None:
     """Print an aligned table; where the terminal is narrow, some columns are left out or shortened."""
-    rows = [[harmless(cell).replace("\n", " ") for cell in row] for row in rows]
-    widths = [
-        max(_width(column.title), *(_width(row[index]) for row in rows)) if rows else _width(column.title)
-        for index, column in enumerate(columns)
-    ]
-    kept = _fit(columns, widths)
-    columns, widths = [columns[i] for i in kept], [widths[i] for i in kept]
-    click.echo(_line([column.title for column in columns], columns, widths, styled=False))
-    for row in rows:
-        click.echo(_line([row[i] for i in kept], columns, widths, styled=True))
+    TablePrinter(columns, headers=headers).print(rows)
 
 
 def _fit(columns: Sequence[Column], widths: list[int]) -> list[int]:
@@ -69,13 +113,17 @@ def _fit(columns: Sequence[Column], widths: list[int]) -> list[int]:
         return sum(widths[i] for i in kept) + len(_GAP) * (len(kept) - 1) - room
 
     def spare() -> int:
-        return sum(max(0, widths[i] - _MIN_FLEXIBLE_WIDTH) for i in kept if columns[i].flexible)
+        return sum(max(0, widths[i] - columns[i].least_width) for i in kept if columns[i].flexible)
 
     for index in [i for i in reversed(kept) if columns[i].optional]:
         if excess() > spare():
             kept.remove(index)
     while excess() > 0 and spare() > 0:
-        widest = max((i for i in kept if columns[i].flexible), key=lambda i: widths[i])
+        # Of those with room to spare, so that a long text does not take all from a short one.
+        widest = max(
+            (i for i in kept if columns[i].flexible and widths[i] > columns[i].least_width),
+            key=lambda i: widths[i],
+        )
         widths[widest] -= 1
     return kept
 
@@ -93,15 +141,22 @@ def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]
     return _GAP.join(parts).rstrip()
 
 
-def print_pairs(pairs: Iterable[tuple[str, str]], indent: str = "") -> None:
+def print_pairs(pairs: Iterable[tuple[str, str]], indent: str = "", least_width: int = 0) -> None:
     """Print names and values below each other; pairs with an empty value are left out."""
     given = [(name, harmless(value)) for name, value in pairs if value]
     width = max((len(name) for name, _ in given), default=0)
+    width = max(width, least_width)
     for name, value in given:
         first, *rest = value.split("\n")
         click.echo(f"{indent}{click.style(name, bold=True)}{' ' * (width - len(name))}{_GAP}{first}")
         for line in rest:
             click.echo(f"{indent}{' ' * width}{_GAP}{line}")
+
+
+def wrapped(text: str, names_width: int) -> str:
+    """Return a text in lines that fit beside names of `print_pairs` of a width."""
+    room = terminal_width() - names_width - len(_GAP)
+    return "\n".join(textwrap.wrap(text, max(_LEAST_TEXT_WIDTH, room), break_on_hyphens=False))
 
 
 def harmless(text: str) -> str:
@@ -115,8 +170,25 @@ def state_text(state: str) -> str:
     return click.style(state, fg=color) if color else state
 
 
+@contextlib.contextmanager
+def captured(width: int) -> Iterator[io.StringIO]:
+    """Collect what is printed, with its colours and laid out for a width, instead of printing it.
+
+    Not for concurrent use: what anybody else prints meanwhile is collected as well.
+    """
+    output = io.StringIO()
+    token = _captured_width.set(width)
+    try:
+        with contextlib.redirect_stdout(output), click.Context(click.Command("captured"), color=True):
+            yield output
+    finally:
+        _captured_width.reset(token)
+
+
 def terminal_width() -> int:
     """Return how wide lines may be; without a terminal there is no limit."""
+    if (width := _captured_width.get()) is not None:
+        return width
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         return 10_000
     return shutil.get_terminal_size((100, 24)).columns

@@ -30,6 +30,9 @@ _SETTINGS = {
     "drain_timeout": ("runtime", "drain_timeout_s"),
     "journal": ("journal", "path"),
     "coalesce": ("runtime", "token_coalescing_window_s"),
+    "console_actions": ("console", "actions"),
+    "otlp_endpoint": ("tracing", "otlp_endpoint"),
+    "trace_sample_ratio": ("tracing", "sample_ratio"),
 }
 
 
@@ -72,7 +75,23 @@ _SETTINGS = {
     metavar="T",
     help="Collect tokens for so long before sending them; saves CPU.  [0s]",
 )
-@click.option("--metrics-listen", metavar="ADDR", help="Prometheus endpoint, such as 127.0.0.1:9464.  [none]")
+@click.option(
+    "--metrics-listen",
+    metavar="ADDR",
+    help="Prometheus endpoint and web console, such as 127.0.0.1:9464.  [none]",
+)
+@click.option(
+    "--console-actions",
+    is_flag=True,
+    default=None,
+    help="Let the web console drain, resume and change the policy, on this machine alone.",
+)
+@click.option(
+    "--otlp-endpoint",
+    metavar="URL",
+    help="Send traces to this OpenTelemetry collector (gRPC), such as http://127.0.0.1:4317.  [none]",
+)
+@click.option("--trace-sample-ratio", type=float, metavar="SHARE", help="Share of requests to trace.  [1]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[info]")
 @click.option(
     "--log-format",
