@@ -23,6 +23,14 @@ PATIENCE_FACTOR = 3.0
 nobody else can take is given up after this many times the stall timeout."""
 
 
+def _why_not_its_own(record: InstanceRecord) -> str:
+    """Return why a fault may be another engine's on the same host, or ``""``."""
+    own_count = record.spec.gpu_count
+    if 0 < own_count < len(record.gpus):
+        return f"its engine uses {own_count} of the {len(record.gpus)} GPUs, and the agent does not know which"
+    return ""
+
+
 class HealthBook:
     """Judges engines by their work: what they say of themselves ends no outage.
 
@@ -133,7 +141,7 @@ class HealthBook:
         """Decide whether what is wrong with an instance's GPUs keeps it out."""
         health = record.health
         why = record.gpu_watch.why_not()
-        obstacle = self._why_stays_in(record) if why else ""
+        obstacle = (_why_not_its_own(record) or self._why_stays_in(record)) if why else ""
         health.gpu_fault = "" if obstacle else why
         health.gpu_warning = f"{why}; not taken out: {obstacle}" if obstacle else ""
         record.gpu_faults = tuple(

@@ -327,6 +327,19 @@ def test_an_instance_with_a_broken_gpu_is_out_and_what_runs_there_runs_on() -> N
         assert world.feed(arrive(f"r{number}"))[-1].endswith("i1")
 
 
+def test_a_fault_of_a_gpu_that_may_be_another_engines_is_only_shown() -> None:
+    world = world_of(2)
+    shared = dataclasses.replace(world.instance("i0").spec, gpu_count=1)
+    world.feed(ev.InstanceRegistered(shared, 1, EngineCondition.HEALTHY))
+    broken = gpu_beat("i0", 79)
+    both = dataclasses.replace(broken, gpus=(*broken.gpus, GpuReading(index=1, uuid="GPU-other")))
+    world.feed(both)
+    instance = world.instance("i0")
+    assert instance.state is InstanceState.READY
+    assert [(fault.kind, fault.quarantines) for fault in instance.gpu_faults] == [(GpuFaultKind.XID, False)]
+    assert "uses 1 of the 2 GPUs" in instance.health.gpu_warning
+
+
 def test_it_comes_back_when_the_fault_is_over_and_stays_over() -> None:
     world = world_of(2)
     world.feed(gpu_beat("i0", 79))
