@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sagecp.agent.kv_events.address import KvEventsAddress, address_of_engine
+
 _LISTEN = "0A"
 _INTEGER_FLAGS = {
     "tensor-parallel-size": "tensor_parallel_size",
@@ -40,6 +42,7 @@ class EngineArguments:
     data_parallel_size: int | None = None
     max_sequence_count: int | None = None
     expert_parallel: bool | None = None
+    kv_events: KvEventsAddress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ def parse_command_line(words: list[str]) -> EngineArguments | None:
     values: dict[str, int] = {}
     expert_parallel = False
     has_config_file = False
+    kv_events = None
     rest = iter(words[start + 1 :])
     for word in rest:
         if not word.startswith("-"):
@@ -113,6 +117,8 @@ def parse_command_line(words: list[str]) -> EngineArguments | None:
             expert_parallel = True
         elif name == "no-enable-expert-parallel":
             expert_parallel = False
+        elif name == "kv-events-config":
+            kv_events = address_of_engine(value if equals else next(rest, ""))
         elif name == "config":
             has_config_file = True
     default = None if has_config_file else 1
@@ -122,6 +128,7 @@ def parse_command_line(words: list[str]) -> EngineArguments | None:
         data_parallel_size=values.get("data_parallel_size", default),
         max_sequence_count=values.get("max_sequence_count"),
         expert_parallel=expert_parallel or (None if has_config_file else False),
+        kv_events=kv_events,
     )
 
 

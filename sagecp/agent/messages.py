@@ -10,7 +10,7 @@ from sagecp.agent.config import AgentConfig
 from sagecp.agent.engine_facts import EngineFacts
 from sagecp.agent.engine_probe import Observation
 from sagecp.agent.gpu.report import GpuReport
-from sagecp.core.engine_state import EngineCapability, EngineProcess
+from sagecp.core.engine_state import EngineCapability, EngineProcess, KvCacheUpdate
 from sagecp.v1 import fleet_service_pb2 as fleet
 from sagecp.v1 import instance_pb2, parallelism_pb2
 from sagecp.wire.engine import capabilities_to_proto, gauges_to_proto, process_to_proto
@@ -96,6 +96,7 @@ def beat_to_proto(
     gpus: GpuReport,
     process: EngineProcess | None,
     order_trouble: str,
+    kv_cache_update: KvCacheUpdate | None = None,
 ) -> fleet.HeartbeatRequest:
     """Return one beat.
 
@@ -106,6 +107,7 @@ def beat_to_proto(
         gpus: How its GPUs do.
         process: How its process does, where the agent owns it.
         order_trouble: Why an order of the control plane does not work; empty: all do.
+        kv_cache_update: What changed in its prefix cache; ``None``: nothing, or it is not followed.
     """
     beat = fleet.HeartbeatRequest(
         instance_id=registration.instance_id,
@@ -123,6 +125,15 @@ def beat_to_proto(
         beat.engine.CopyFrom(gauges_to_proto(observation.gauges))
     if process is not None:
         beat.engine_process.CopyFrom(process_to_proto(process))
+    if kv_cache_update is not None:
+        beat.kv_cache_update.CopyFrom(
+            fleet.KvCacheUpdate(
+                sequence=kv_cache_update.sequence,
+                reset=kv_cache_update.reset,
+                stored_block_hashes=kv_cache_update.stored_block_hashes,
+                removed_block_hashes=kv_cache_update.removed_block_hashes,
+            )
+        )
     while beat.ByteSize() > _MAX_BEAT_BYTES and beat.gpus:
         del beat.gpus[len(beat.gpus) // 2 :]
     return beat

@@ -20,6 +20,7 @@ from sagecp.agent.errors import EXIT_UNREACHABLE, AgentError
 from sagecp.agent.gpu.probe import GpuProbe
 from sagecp.agent.gpu.report import GpuReport
 from sagecp.agent.gpu.watch import GpuWatch, choose_gpus
+from sagecp.agent.kv_events.watch import KvEventsWatch
 from sagecp.agent.messages import spec_to_proto
 from sagecp.agent.orders import OrderKeeper, Wishes
 from sagecp.agent.supervisor import EngineSupervisor
@@ -56,6 +57,7 @@ class EngineWatch:
         facts_are_old: The engine may be another than the one described by ``spec``.
         wishes: What the control plane wants of the engine; ``None``: it has not said yet.
         supervisor: Of the engine's process, where the agent owns it.
+        kv_events: What the engine says of its prefix cache.
     """
 
     def __init__(self, config: AgentConfig, wake: Callable[[], None]) -> None:
@@ -80,6 +82,7 @@ class EngineWatch:
         self._registered_gpus = GpuReport()
         self.facts_are_old = False
         self.wishes: Wishes | None = None
+        self.kv_events = KvEventsWatch(config, self._logger)
         self.supervisor = EngineSupervisor(config, self._on_news) if config.supervision else None
 
     async def __aenter__(self) -> EngineWatch:
@@ -93,6 +96,7 @@ class EngineWatch:
             self._abort_task.cancel()
             await asyncio.gather(self._abort_task, return_exceptions=True)
         self._gpu_watch.close()
+        await self.kv_events.close()
         await self._probe.__aexit__()
 
     @property
@@ -150,6 +154,8 @@ class EngineWatch:
                 self.facts_are_old = True
             elif loop.time() - self._models_checked_s > _MODELS_CHECK_S:
                 await self._check_models()
+        elif changed and seen.condition is EngineCondition.STARTING:
+            self._logger.info("engine is starting")
         elif changed:
             self._logger.warning("engine is unhealthy", reason=seen.reason)
         if seen.gauges is not None:
@@ -232,6 +238,7 @@ class EngineWatch:
             self._spec,
             spec_to_proto(self._config, facts, self._registered_gpus),
         )
+        self.kv_events.choose(facts, self._spec.parallel_sizes.data_parallel_size)
         self._served_names = frozenset({facts.model_name, *facts.model_aliases})
         self._orders.loaded = self._registered_adapters = facts.adapters
         self._models_checked_s = asyncio.get_running_loop().time()

@@ -729,9 +729,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 instance.instance_id, incarnation, condition, gauges=gauges if has_gauges else None
             )
         )
-        if incarnation in {0, instance.incarnation}:
+        if incarnation == instance.incarnation:
             self.leases[instance.instance_id] = self.now + LEASE_S
 
+    @precondition(lambda self: self.states)
     @rule(
         choice=CHOICE,
         sequence_offset=st.sampled_from([1, 1, 1, 0, 2]),

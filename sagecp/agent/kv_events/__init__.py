@@ -1,0 +1,1 @@
+"""An engine's KV-cache events: from its publisher to updates for the control plane."""
