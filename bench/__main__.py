@@ -18,6 +18,11 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
     "cancel": ([], ["--count", "20"]),
     "overload": ([], ["--seconds", "3"]),
     "slow_readers": ([], ["--streams", "500", "--seconds", "10"]),
+    "top": ([], ["--instances", "100", "--seconds", "5", "--size", "80x24"]),
+    "get_metrics": ([], ["--rounds", "3", "--samples", "20000"]),
+    "metrics_overhead": ([], ["--rounds", "2", "--seconds", "2"]),
+    "scrape": ([], ["--instances", "100", "--queued", "1000", "--rounds", "2"]),
+    "kv_events": ([], ["--blocks", "20000", "--rounds", "2"]),
     "heartbeats": ([], ["--streams", "1000", "--connections", "10", "--seconds", "5"]),
 }
 
