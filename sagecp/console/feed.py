@@ -164,7 +164,10 @@ class ConsoleFeed:
         manager = self._manager
         decisions = list(manager.recent_decisions())[-MAX_SHOWN_DECISIONS:]
         return {
-            "status": status_values(manager.get_status()),
+            "status": {
+                **status_values(manager.get_status()),
+                "policy_in_force": manager.scheduler.policy_in_force,
+            },
             "metrics": metrics_values(manager.get_metrics(METRICS_WINDOW_S, MetricsKey())),
             "decisions": [decision_values(each, manager.wall_time) for each in reversed(decisions)],
         }

@@ -68,6 +68,7 @@ async def test_a_viewer_gets_the_whole_and_then_what_changes(console: Console) -
         assert whole["kind"] == "whole"
         assert [(row["id"], row["state"]) for row in whole["instances"]] == [("e1", "READY")]
         assert whole["status"]["policy"] == "adaptive"
+        assert whole["status"]["policy_in_force"] == "slo_aware"
         await console.rig.add_engine("e2")
         seen: dict[str, str] = {}
         told: list[str] = []

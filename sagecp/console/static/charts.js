@@ -50,9 +50,9 @@ export function sparkline(values, limit = 0) {
   return svg;
 }
 
-/** A labelled bar; `share` from 0 to 1. */
-export function meter(name, share, text) {
-  const level = element("div", share > 0.95 ? "level full" : "level");
+/** A labelled bar; `share` from 0 to 1, an alarm above `limit`. */
+export function meter(name, share, text, limit = Infinity) {
+  const level = element("div", share > limit ? "level full" : "level");
   level.style.width = `${Math.min(1, Math.max(0, share)) * 100}%`;
   return element("div", "meter", "", element("span", "", name), element("div", "track", "", level), element("span", "number", text));
 }

@@ -82,7 +82,8 @@ function drawHeader() {
   $("accepting").textContent = status.accepting ? "accepting" : "stopping";
   $("accepting").className = status.accepting ? "badge good" : "badge bad";
   const why = status.policy_reason ? ` (${status.policy_reason})` : "";
-  $("policy").textContent = `${status.policy} · ${status.routing} · ${status.balancer}${why}`;
+  const policy = status.policy === status.policy_in_force ? status.policy : `${status.policy} → ${status.policy_in_force}`;
+  $("policy").textContent = `${policy} · ${status.routing} · ${status.balancer}${why}`;
   $("policy").title = $("policy").textContent;
 }
 
@@ -168,7 +169,7 @@ function cell(row) {
     element("div", "id", row.id),
     element("div", "state", row.faults.length ? `${row.state}: ${row.faults[0]}` : row.state === "READY" ? "READY" : `${row.state}: ${row.reason}`),
     meter("load", load, `${row.in_flight}/${row.limit}`),
-    meter("KV", row.kv_usage ?? 0, percent(row.kv_usage)),
+    meter("KV", row.kv_usage ?? 0, percent(row.kv_usage), 0.95),
     element("div", "figures", figures || row.model),
   );
   made.onclick = () => showInstance(row.id);
