@@ -22,8 +22,9 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
     "get_metrics": ([], ["--rounds", "3", "--samples", "20000"]),
     "metrics_overhead": ([], ["--rounds", "2", "--seconds", "2"]),
     "scrape": ([], ["--instances", "100", "--queued", "1000", "--rounds", "2"]),
+    "tracing": ([], ["--requests", "500", "--rounds", "2"]),
     "kv_events": ([], ["--blocks", "20000", "--rounds", "2"]),
-    "heartbeats": ([], ["--streams", "1000", "--connections", "10", "--seconds", "5"]),
+    "heartbeats": ([], ["--agents", "100", "--seconds", "3"]),
 }
 
 
