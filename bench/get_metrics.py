@@ -12,7 +12,6 @@ times also measure what else the machine does.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from sagecp.core.config import SchedulerConfig
 from sagecp.core.gpu import GpuReading
 from sagecp.core.types import ExecutionInstance, RequestPriority, RequestState
 from sagecp.rpc.servicers.admin import AdminServicer
+from sagecp.runtime.event_loop import run
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.runtime.monitor import EndedSample, Monitor
 from sagecp.runtime.monitor_keys import MetricsKey
@@ -175,7 +175,8 @@ def main() -> None:
     samples = _samples(arguments.samples, arguments.instances, arguments.tenants, _WINDOW_S, now)
     for sample in samples:
         manager.monitor.record(sample)
-    calls = asyncio.run(_time_calls(manager, samples, arguments.rounds))
+    # As the server runs: with its own event loop and garbage collector.
+    calls = run(_time_calls(manager, samples, arguments.rounds))
     records = _time_records(samples, max(1, arguments.rounds // 4))
     print(
         f"\n{machine()}; {arguments.instances} instances with {_GPU_COUNT} GPUs each, "

@@ -38,7 +38,7 @@ _HOOKS: tuple[tuple[type, str], ...] = (
     (RequestTelemetry, "ended"),
     (Monitor, "record"),
 )
-_ANSWERS: tuple[tuple[type, str], ...] = ((MetricsExporter, "_render"), (MetricsSnapshots, "snapshot"))
+_ANSWERS: tuple[tuple[type, str], ...] = ((MetricsExporter, "_render"), (MetricsSnapshots, "fill"))
 
 
 class _Nothing:

@@ -79,6 +79,15 @@ def bare_grpc(pace_ms: float) -> Iterator[Measured]:
 
 
 @contextlib.contextmanager
+def served_by(module: str, *arguments: str) -> Iterator[Measured]:
+    """Run a module with a free port and arguments until the context ends."""
+    port = free_port()
+    with _running(str(port), *arguments, module=module) as p:
+        _wait_for_port(p, port)
+        yield Measured(p, f"127.0.0.1:{port}")
+
+
+@contextlib.contextmanager
 def _running(*arguments: str, module: str = "sagecp") -> Iterator[subprocess.Popen[bytes]]:
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL, start_new_session=True

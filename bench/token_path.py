@@ -68,7 +68,8 @@ async def _stream(call: Any, request: bytes, deadline_s: float, counts: list[int
         counts[0] += 1
 
 
-async def _load(server: Measured, streams: int, tokens: int, seconds: float) -> Load:
+async def load(server: Measured, streams: int, tokens: int, seconds: float) -> Load:
+    """Have streams ask again and again for a time, and return what that cost the server."""
     request = pb.GenerateRequest(
         spec=request_pb2.RequestSpec(
             model=MODEL,
@@ -125,8 +126,8 @@ async def _measure(arguments: argparse.Namespace) -> dict[str, _Figures]:
 
 
 async def _round(server: Measured, arguments: argparse.Namespace, figures: _Figures) -> None:
-    short = await _load(server, arguments.streams, 1, arguments.seconds)
-    long = await _load(server, arguments.streams, arguments.tokens, arguments.seconds)
+    short = await load(server, arguments.streams, 1, arguments.seconds)
+    long = await load(server, arguments.streams, arguments.tokens, arguments.seconds)
     per_token = (long.cpu_us_per_request - short.cpu_us_per_request) / (arguments.tokens - 1)
     figures.token.append(per_token)
     figures.request.append(short.cpu_us_per_request - per_token)

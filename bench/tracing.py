@@ -26,7 +26,9 @@ from sagecp.core.scheduler import Scheduler
 from sagecp.core.types import EngineCondition, ExecutionInstance, RequestMetadata
 from sagecp.runtime.tracing.otel import OtelRequestTracer
 
-INSTANCES = [ExecutionInstance(instance_id=f"i{n}", host="h", port=8000 + n, model_name="m") for n in range(8)]
+INSTANCES = [
+    ExecutionInstance(instance_id=f"i{n}", host="h", port=8000 + n, model_name="m") for n in range(8)
+]
 
 
 class Discard(SpanExporter):
@@ -49,17 +51,24 @@ def script(count: int) -> list[list[tuple[float, ev.Event, list[Effect]]]]:
         now = 1.0 + number
         name = f"r{number}"
         events: list[ev.Event] = [
-            ev.RequestArrived(RequestMetadata(request_id=name, prompt="x" * 2000, model_name="m", max_tokens=99)),
+            ev.RequestArrived(
+                RequestMetadata(request_id=name, prompt="x" * 2000, model_name="m", max_tokens=99)
+            ),
             ev.AttemptProgressed(name, 1),
             ev.AttemptSucceeded(name, 1, 99, prompt_token_count=500, finish_reasons=("length",)),
         ]
         lives.append(
-            [(now + step / 10, event, scheduler.handle(event, now + step / 10)) for step, event in enumerate(events)]
+            [
+                (now + step / 10, event, scheduler.handle(event, now + step / 10))
+                for step, event in enumerate(events)
+            ]
         )
     return lives
 
 
-async def measure(ratio: float, lives: list[list[tuple[float, ev.Event, list[Effect]]]]) -> tuple[float, float]:
+async def measure(
+    ratio: float, lives: list[list[tuple[float, ev.Event, list[Effect]]]]
+) -> tuple[float, float]:
     """Return us per request on this thread, and on all of the process's."""
     config = TracingConfig(otlp_endpoint="http://127.0.0.1:4317", sample_ratio=ratio)
     by_id = {each.instance_id: each for each in INSTANCES}

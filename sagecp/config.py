@@ -257,8 +257,8 @@ class ServerConfig:
                 violations.append(
                     FieldViolation(
                         "console.actions",
-                        f"would let everybody who reaches {self.metrics_listen} act; let it listen on 127.0.0.1, "
-                        "or leave actions off",
+                        f"would let everybody who reaches {self.metrics_listen} act; "
+                        "let it listen on 127.0.0.1, or leave actions off",
                     )
                 )
         if bool(self.tls.certificate_file) != bool(self.tls.private_key_file):

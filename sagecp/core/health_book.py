@@ -27,7 +27,9 @@ def _why_not_its_own(record: InstanceRecord) -> str:
     """Return why a fault may be another engine's on the same host, or ``""``."""
     own_count = record.spec.gpu_count
     if 0 < own_count < len(record.gpus):
-        return f"its engine uses {own_count} of the {len(record.gpus)} GPUs, and the agent does not know which"
+        return (
+            f"its engine uses {own_count} of the {len(record.gpus)} GPUs, and the agent does not know which"
+        )
     return ""
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sagecp.core.instance_record import InstanceRecord
+from collections.abc import Mapping
+
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.types import RequestPriority
 from sagecp.runtime.metrics_table import GpuSums, LiveCount, MetricsTable
@@ -22,13 +23,25 @@ def fleet_metrics(
     window_s: float,
     match: MetricsKey,
     dimension: MetricsDimension | None = None,
+    instance_gpus: Mapping[str, GpuSums] | None = None,
 ) -> MetricsTable:
     """Return how the fleet does, or the part of it that passes a filter, together or by group.
 
     Groups are what requests ended, wait or run of, and registered instances and their models.
+
+    Args:
+        scheduler: The core.
+        monitor: Knows what ended.
+        now: The end of the window, on the core's clock.
+        window_s: Of rates and quantiles.
+        match: The filter.
+        dimension: What to group by; ``None``: nothing.
+        instance_gpus: What `gpus_by_instance` returned for it, where several tables are made at once.
     """
     live = _live_counts(scheduler, match, dimension)
-    gpus = _gpu_sums(scheduler, match, dimension)
+    if instance_gpus is None:
+        instance_gpus = gpus_by_instance(scheduler, match)
+    gpus = _gpu_sums(scheduler, instance_gpus, match, dimension)
     values = [_EVERYONE]
     if dimension is not None:
         found = monitor.values(dimension, match).union(live, gpus)
@@ -88,31 +101,37 @@ def _group_of(
     return MetricsKey(model, instance_id, tenant_id, RequestPriority(priority)).value_of(dimension)
 
 
-def _gpu_sums(
-    scheduler: Scheduler, match: MetricsKey, dimension: MetricsDimension | None
-) -> dict[str, GpuSums]:
-    """Return what GPUs report, by group. GPUs are nobody's: tenants and classes have none."""
+def gpus_by_instance(scheduler: Scheduler, match: MetricsKey) -> dict[str, GpuSums]:
+    """Return what GPUs report, of instances that pass a filter. GPUs are nobody's: tenants have none."""
     if match.tenant_id or match.priority is not None:
         return {}
-    sums: dict[str, GpuSums] = {}
+    found: dict[str, GpuSums] = {}
     for instance in scheduler.fleet:
-        if match.instance_id not in ("", instance.instance_id):
-            continue
-        for group in _groups_of_instance(instance, match, dimension):
-            sums.setdefault(group, GpuSums()).add(instance.gpus)
-    return sums
+        if match.instance_id in ("", instance.instance_id) and (
+            not match.model or match.model in instance.spec.served_models
+        ):
+            sums = found[instance.instance_id] = GpuSums()
+            sums.add(instance.gpus)
+    return found
 
 
-def _groups_of_instance(
-    instance: InstanceRecord, match: MetricsKey, dimension: MetricsDimension | None
-) -> tuple[str, ...]:
-    models = instance.spec.served_models
-    if match.model and match.model not in models:
-        return ()
-    if dimension is None:
-        return (_EVERYONE,)
+def _gpu_sums(
+    scheduler: Scheduler,
+    instance_gpus: Mapping[str, GpuSums],
+    match: MetricsKey,
+    dimension: MetricsDimension | None,
+) -> Mapping[str, GpuSums]:
+    """Return what GPUs report, by group; of tenants and classes, nothing."""
     if dimension is MetricsDimension.INSTANCE:
-        return (instance.instance_id,)
-    if dimension is MetricsDimension.MODEL:
-        return (match.model,) if match.model else tuple(models)
-    return ()
+        return instance_gpus
+    sums: dict[str, GpuSums] = {}
+    if dimension is None:
+        everyone = sums[_EVERYONE] = GpuSums()
+        for each in instance_gpus.values():
+            everyone.merge(each)
+    elif dimension is MetricsDimension.MODEL:
+        for instance_id, each in instance_gpus.items():
+            models = (match.model,) if match.model else scheduler.fleet.get(instance_id).spec.served_models
+            for model in models:
+                sums.setdefault(model, GpuSums()).merge(each)
+    return sums

@@ -45,7 +45,7 @@ from sagecp.runtime.engines.base import EngineDelta
 from sagecp.runtime.engines.request_body import body_violations, engine_request_id
 from sagecp.runtime.event_log import EventLog
 from sagecp.runtime.executor import ClientFactory, ExecutionCoordinator
-from sagecp.runtime.fleet_metrics import fleet_metrics
+from sagecp.runtime.fleet_metrics import fleet_metrics, gpus_by_instance
 from sagecp.runtime.heartbeat_counts import BAD_FIGURE, HeartbeatCounts
 from sagecp.runtime.metrics_table import MetricsTable
 from sagecp.runtime.monitor import DEFAULT_WINDOW_S, Monitor
@@ -639,25 +639,25 @@ class ControlPlaneManager:
         self, window_s: float = DEFAULT_WINDOW_S, match: MetricsKey = EVERYTHING
     ) -> PerformanceMetrics:
         """Return how the fleet does, or the part of it that passes a filter."""
-        return self.metrics_table(window_s, match).metrics(0)
+        return self.metrics_tables(window_s, match)[0].metrics(0)
 
-    def metrics_table(
+    def metrics_tables(
         self,
         window_s: float = DEFAULT_WINDOW_S,
         match: MetricsKey = EVERYTHING,
         dimension: MetricsDimension | None = None,
-        now: float | None = None,
-    ) -> MetricsTable:
-        """Return how the fleet does, by group; without a dimension, as one group.
+    ) -> tuple[MetricsTable, MetricsTable | None]:
+        """Return how the fleet does, as one group and by group, both of one time.
 
         Args:
             window_s: Of rates and quantiles.
             match: The filter.
-            dimension: What to group by; ``None``: nothing.
-            now: The end of the window, on the core's clock, where two tables shall be of one time.
+            dimension: What to group by; ``None``: there is no second table.
         """
-        now = self._clock() if now is None else now
-        return fleet_metrics(self.scheduler, self.monitor, now, window_s, match, dimension)
+        asked = (self.scheduler, self.monitor, self._clock(), window_s, match)
+        gpus = gpus_by_instance(self.scheduler, match)
+        overall = fleet_metrics(*asked, None, gpus)
+        return overall, None if dimension is None else fleet_metrics(*asked, dimension, gpus)
 
     def now(self) -> float:
         """Return the time on the core's clock."""

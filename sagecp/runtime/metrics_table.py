@@ -28,14 +28,14 @@ class GpuSums:
         utilization, utilization_count = 0.0, 0
         total_bytes, total_count, used_bytes, used_count = 0, 0, 0, 0
         for reading in readings:
-            if reading.utilization is not None:
-                utilization += reading.utilization
+            if (share := reading.utilization) is not None:
+                utilization += share
                 utilization_count += 1
-            if reading.total_memory_bytes is not None:
-                total_bytes += reading.total_memory_bytes
+            if (size_bytes := reading.total_memory_bytes) is not None:
+                total_bytes += size_bytes
                 total_count += 1
-            if reading.used_memory_bytes is not None:
-                used_bytes += reading.used_memory_bytes
+            if (size_bytes := reading.used_memory_bytes) is not None:
+                used_bytes += size_bytes
                 used_count += 1
         self.utilization += utilization
         self.utilization_count += utilization_count
@@ -43,6 +43,15 @@ class GpuSums:
         self.total_memory_count += total_count
         self.used_memory_bytes += used_bytes
         self.used_memory_count += used_count
+
+    def merge(self, other: GpuSums) -> None:
+        """Take in what other sums took in."""
+        self.utilization += other.utilization
+        self.utilization_count += other.utilization_count
+        self.total_memory_bytes += other.total_memory_bytes
+        self.total_memory_count += other.total_memory_count
+        self.used_memory_bytes += other.used_memory_bytes
+        self.used_memory_count += other.used_memory_count
 
     @property
     def average_utilization(self) -> float | None:

@@ -12,6 +12,7 @@ import numpy as np
 from sagecp.core.types import RequestMetadata, RequestState
 from sagecp.runtime import monitor_slices as slices
 from sagecp.runtime.metrics_table import GpuSums, LiveCount, MetricsTable
+from sagecp.runtime.monitor_groups import KeptSums, overall_figures
 from sagecp.runtime.monitor_keys import EVERYTHING, KeyTable, MetricsDimension, MetricsKey
 
 DEFAULT_WINDOW_S = 300.0
@@ -44,9 +45,9 @@ class Monitor:
     """Takes samples of ended requests, and answers what they add up to over windows and groups.
 
     Bounded: sketches of the last hour within ``MAX_TABLE_BYTES`` (where that is not enough the
-    oldest are dropped), and counters for ``MAX_GROUP_COUNT`` combinations of model, instance,
-    tenant and priority, and as many again without their tenants (further ones are counted
-    together, without names).
+    oldest are dropped), sums of them for the questions asked lately (:class:`KeptSums`), and
+    counters for ``MAX_GROUP_COUNT`` combinations of model, instance, tenant and priority, and as
+    many again without their tenants (further ones are counted together, without names).
 
     Args:
         enabled: Whether to keep sketches, or only to count.
@@ -58,6 +59,7 @@ class Monitor:
         self._start_s = start_s
         self._keys = KeyTable(MAX_GROUP_COUNT, slices.KEPT_S)
         self._store = slices.SliceStore(MAX_TABLE_BYTES)
+        self._kept = KeptSums()
         # Of one slice: number of the key, state, durations, tokens, objectives met.
         self._pending: list[tuple[float | None, ...]] = []
         self._slice_start_s = -math.inf
@@ -73,6 +75,7 @@ class Monitor:
             if end_s >= self._slice_end_s:
                 self._slice_start_s = end_s // slices.SLICE_S * slices.SLICE_S
                 self._slice_end_s = self._slice_start_s + slices.SLICE_S
+                self._kept.let_go(end_s)
             pending = self._pending
         pending.append((self._keys.number_of(sample.key, end_s), *sample[2:]))
 
@@ -91,7 +94,7 @@ class Monitor:
     def table_bytes(self) -> int:
         """Memory that the sketches take."""
         self._take_in()
-        return self._store.size_bytes
+        return self._store.size_bytes + self._kept.size_bytes
 
     def values(self, dimension: MetricsDimension, match: MetricsKey) -> set[str]:
         """Return what was seen in a dimension, of what passes a filter."""
@@ -123,11 +126,13 @@ class Monitor:
         keys = self._keys
         passing = keys.passing(match)
         groups = np.where(passing, 0, -1) if dimension is None else keys.groups(dimension, passing, values)
+        asked_window_s = window_s
         found, window_s = self._store.within(now, window_s)
         if dimension is None and match == EVERYTHING:
-            figures = slices.overall_figures(found)
+            figures = overall_figures(found)
         else:
-            figures = slices.group_figures(found, groups, len(values))
+            question = (asked_window_s, match, dimension)
+            figures = self._kept.figures(question, found, groups, len(values), now)
         # Rates are of the time that it has run, and of a second at least.
         span_s = max(min(window_s, now - self._start_s), 1.0)
         sums = figures.sums

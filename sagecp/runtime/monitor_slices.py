@@ -14,27 +14,23 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sagecp.core.quantile_sketch import DURATIONS, Counts, QuantileSketch, Values, nearest_ranks
+from sagecp.core.quantile_sketch import DURATIONS, QuantileSketch, Values
 from sagecp.core.types import RequestState
 
 # The durations that quantiles are kept of.
 LATENCY, TTFT, TPOT, QUEUE_WAIT = range(4)
 DURATION_COUNT = 4
-SHARES = (0.5, 0.95, 0.99)
 # Columns of sums: of each duration first, as they are numbered above.
 ENDED, SUCCEEDED, TOKENS, JUDGED, MET = range(4, 9)
 SUM_COUNT = 9
 
 _BUCKETS = DURATIONS.bucket_count
-_BUCKETS_PER_KEY = DURATION_COUNT * _BUCKETS
+BUCKETS_PER_KEY = DURATION_COUNT * _BUCKETS
 # A cell is one number: key, duration and bucket (its code) in the upper half, how many samples in the
 # lower one. Plain sorting brings what belongs together side by side, and costs a fifth of sorting with an
 # index; halves are seen in place, because to copy 100,000s of cells costs more than to compute with them.
 _COUNT_BITS = np.uint64(32)
 _COUNT_HALF, _CODE_HALF = (0, 1) if sys.byteorder == "little" else (1, 0)
-
-# Groups whose buckets are so few that to count into all of them costs less than to sort.
-_FEW_GROUPS = 32
 
 Cells = npt.NDArray[np.uint64]
 Halves = npt.NDArray[np.uint32]
@@ -89,7 +85,7 @@ def table_of(rows: Values) -> SampleTable:
     sums[TOKENS] = rows[:, 6]
     sums[JUDGED] = ~np.isnan(rows[:, 7])
     sums[MET] = rows[:, 7] == 1.0
-    return SampleTable(_added((codes << _COUNT_BITS) | np.uint64(1)), *_sums_by_key(keys, sums))
+    return SampleTable(added((codes << _COUNT_BITS) | np.uint64(1)), *_sums_by_key(keys, sums))
 
 
 def merged(tables: Sequence[SampleTable]) -> SampleTable:
@@ -98,28 +94,30 @@ def merged(tables: Sequence[SampleTable]) -> SampleTable:
         np.concatenate([table.numbers for table in tables]),
         np.concatenate([table.sums for table in tables], axis=1),
     )
-    return SampleTable(_added(np.concatenate([table.cells for table in tables])), numbers, sums)
+    return SampleTable(added(np.concatenate([table.cells for table in tables])), numbers, sums)
 
 
-def _codes(cells: Cells) -> Halves:
+def codes_of(cells: Cells) -> Halves:
+    """Return a view of what cells count: key, duration and bucket, in one number."""
     return cells.view(np.uint32)[_CODE_HALF::2]
 
 
-def _counts(cells: Cells) -> Halves:
+def counts_of(cells: Cells) -> Halves:
+    """Return a view of how many samples cells count."""
     return cells.view(np.uint32)[_COUNT_HALF::2]
 
 
-def _added(cells: Cells) -> Cells:
-    """Return cells in order, those of one code as one. Sorts in place."""
+def added(cells: Cells) -> Cells:
+    """Return cells in order, those of one code as one; counts add up modulo 2^32. Sorts in place."""
     cells.sort()
-    codes = _codes(cells)
+    codes = codes_of(cells)
     is_first = np.ones(len(cells), bool)
     np.not_equal(codes[1:], codes[:-1], out=is_first[1:])
     firsts = np.flatnonzero(is_first)
     if len(firsts) == len(cells):
         return cells
     added = cells[firsts]
-    _counts(added)[:] = np.add.reduceat(_counts(cells), firsts)
+    counts_of(added)[:] = np.add.reduceat(counts_of(cells), firsts)
     return added
 
 
@@ -148,27 +146,12 @@ class Slice:
         self.end_s = end_s
         self.table = table
         self.sums: Values = table.sums.sum(axis=1)
-        places = _codes(table.cells) % np.uint32(_BUCKETS_PER_KEY)
-        counts = np.bincount(places, _counts(table.cells), _BUCKETS_PER_KEY).astype(np.int64)
+        places = codes_of(table.cells) % np.uint32(BUCKETS_PER_KEY)
+        counts = np.bincount(places, counts_of(table.cells), BUCKETS_PER_KEY).astype(np.int64)
         self.sketches = tuple(
             QuantileSketch(DURATIONS, each, float(total))
             for each, total in zip(counts.reshape(DURATION_COUNT, _BUCKETS), self.sums, strict=False)
         )
-
-
-@dataclass(frozen=True, slots=True)
-class GroupFigures:
-    """What samples of some groups add up to.
-
-    Attributes:
-        sums: Groups x sums.
-        sample_counts: Groups x durations.
-        quantiles_s: Groups x durations x (0.5, 0.95, 0.99).
-    """
-
-    sums: Values
-    sample_counts: Counts
-    quantiles_s: Values
 
 
 class SliceStore:
@@ -249,101 +232,3 @@ def _joined(group: list[Slice], span: tuple[float, float]) -> Slice:
     if len(group) == 1:
         return group[0]
     return Slice(*span, merged([each.table for each in group]))
-
-
-def overall_figures(slices: Sequence[Slice]) -> GroupFigures:
-    """Return what everything adds up to, as one group."""
-    sums = np.zeros((1, SUM_COUNT))
-    sketches = [QuantileSketch(DURATIONS) for _ in range(DURATION_COUNT)]
-    for each in slices:
-        sums += each.sums
-        for sketch, part in zip(sketches, each.sketches, strict=True):
-            sketch.merge(part)
-    return GroupFigures(
-        sums,
-        np.array([[sketch.count for sketch in sketches]]),
-        np.array([[sketch.quantiles(SHARES) for sketch in sketches]]),
-    )
-
-
-def group_figures(slices: Sequence[Slice], group_of_key: Numbers, group_count: int) -> GroupFigures:
-    """Return what groups of keys add up to.
-
-    Args:
-        slices: The window.
-        group_of_key: The group of each key, by its number; -1: none.
-        group_count: Groups.
-    """
-    sums = np.zeros((group_count, SUM_COUNT))
-    sample_counts = np.zeros((group_count, DURATION_COUNT), np.int64)
-    quantiles_s = np.zeros((group_count, DURATION_COUNT, len(SHARES)))
-    if slices and group_count:
-        # What is of no group goes to one behind the last.
-        places = np.where(group_of_key < 0, group_count, group_of_key)
-        _add_sums(slices, places, sums)
-        _find_quantiles(slices, places, sample_counts, quantiles_s)
-    return GroupFigures(sums, sample_counts, quantiles_s)
-
-
-def _add_sums(slices: Sequence[Slice], place_of_key: Numbers, sums: Values) -> None:
-    places = place_of_key[np.concatenate([each.table.numbers for each in slices])]
-    parts = np.concatenate([each.table.sums for each in slices], axis=1)
-    for column, part in enumerate(parts):
-        sums[:, column] = np.bincount(places, part, len(sums) + 1)[:-1]
-
-
-def _find_quantiles(
-    slices: Sequence[Slice], place_of_key: Numbers, sample_counts: Counts, quantiles_s: Values
-) -> None:
-    sketch_count = sample_counts.size
-    # Modulo 2^32, so that codes can become smaller as well.
-    moves = ((place_of_key - np.arange(len(place_of_key))) * _BUCKETS_PER_KEY).astype(np.uint32)
-    add_up = _add_up_few if len(sample_counts) <= _FEW_GROUPS else _add_up_many
-    codes, running = add_up(slices, moves, len(sample_counts))
-    if not len(codes):
-        return
-    edges = np.arange(sketch_count + 1, dtype=np.uint32) * np.uint32(_BUCKETS)
-    firsts = np.searchsorted(codes, edges)
-    below = np.where(firsts > 0, running[firsts - 1], 0).astype(np.int64)
-    sizes = np.diff(below)
-    ranks = below[:-1, np.newaxis] + nearest_ranks(sizes, SHARES)
-    found = np.searchsorted(running, ranks.astype(running.dtype))
-    # An empty sketch finds a cell of one of its successors, or none at all.
-    buckets = codes[np.minimum(found, len(codes) - 1)] % np.uint32(_BUCKETS)
-    values_s = np.where(sizes[:, np.newaxis] > 0, DURATIONS.values[buckets], 0.0)
-    sample_counts[:] = sizes.reshape(sample_counts.shape)
-    quantiles_s[:] = values_s.reshape(quantiles_s.shape)
-
-
-def _add_up_few(slices: Sequence[Slice], moves: Halves, group_count: int) -> tuple[Halves, Counts]:
-    """Return codes of groups, durations and buckets, ascending, and running sums of their counts.
-
-    Args:
-        slices: The window.
-        moves: What to add to the codes of each key, to make them those of its group.
-        group_count: Groups.
-    """
-    # One more for what is of no group.
-    counts = np.zeros((group_count + 1) * _BUCKETS_PER_KEY, np.int64)
-    for each in slices:
-        codes = _codes(each.table.cells)
-        codes = codes + moves[codes // np.uint32(_BUCKETS_PER_KEY)]
-        np.add.at(counts, codes, _counts(each.table.cells).astype(np.int64))
-    counts = counts[: group_count * _BUCKETS_PER_KEY]
-    return np.arange(len(counts), dtype=np.uint32), np.cumsum(counts, out=counts)
-
-
-def _add_up_many(slices: Sequence[Slice], moves: Halves, group_count: int) -> tuple[Halves, Halves]:
-    """Return the same, of buckets alone that anything is in, and at the end of what is of no group."""
-    cells = np.empty(sum(len(each.table.cells) for each in slices), np.uint64)
-    start = 0
-    # Slice by slice: what fits into the processor's cache takes half the time.
-    for each in slices:
-        part = cells[start : start + len(each.table.cells)]
-        codes = _codes(each.table.cells)
-        _codes(part)[:] = codes + moves[codes // np.uint32(_BUCKETS_PER_KEY)]
-        _counts(part)[:] = _counts(each.table.cells)
-        start += len(part)
-    cells.sort()
-    running = np.ascontiguousarray(_counts(cells))
-    return np.ascontiguousarray(_codes(cells)), np.cumsum(running, out=running)

@@ -89,13 +89,15 @@ async def test_a_stopping_server_ends_watches_and_says_why(rig: Rig) -> None:
 
 async def test_for_who_does_not_read_nothing_is_made(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    table_of = rig.manager.metrics_table
+    tables_of = rig.manager.metrics_tables
 
-    def counted(window_s: float, match: MetricsKey, *, now: float) -> MetricsTable:
+    def counted(
+        window_s: float, match: MetricsKey, dimension: MetricsDimension | None
+    ) -> tuple[MetricsTable, MetricsTable | None]:
         made.append(match.model)
-        return table_of(window_s, match, now=now)
+        return tables_of(window_s, match, dimension)
 
-    monkeypatch.setattr(rig.manager, "metrics_table", counted)
+    monkeypatch.setattr(rig.manager, "metrics_tables", counted)
     snapshots = servicer.MetricsSnapshots(rig.manager)
     slow = snapshots.watch(MetricsQuery(60.0, MetricsKey(model="slow"), None), 0.01)
     quick = snapshots.watch(MetricsQuery(60.0, MetricsKey(model="quick"), None), 0.1)

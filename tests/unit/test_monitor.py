@@ -9,7 +9,6 @@ import pytest
 
 from sagecp.core.types import GpuReading, PerformanceMetrics, RequestMetadata, RequestPriority, RequestState
 from sagecp.runtime import monitor as monitor_module
-from sagecp.runtime import monitor_slices
 from sagecp.runtime.metrics_table import GpuSums, LiveCount
 from sagecp.runtime.monitor import EndedSample, Monitor, objectives_met
 from sagecp.runtime.monitor_keys import EVERYTHING, MetricsDimension, MetricsKey
@@ -155,12 +154,7 @@ def test_filters_take_what_matches_in_every_named_respect() -> None:
     assert monitor.values(MetricsDimension.PRIORITY, MetricsKey(model="m3")) == set()
 
 
-@pytest.mark.parametrize("few_groups", [0, 1000])
-def test_groups_are_what_filters_for_each_would_find(
-    monkeypatch: pytest.MonkeyPatch, few_groups: int
-) -> None:
-    # Few groups and many are added up in different ways.
-    monkeypatch.setattr(monitor_slices, "_FEW_GROUPS", few_groups)
+def test_groups_are_what_filters_for_each_would_find() -> None:
     monitor = Monitor()
     priorities = tuple(RequestPriority)
     for number in range(1, 400):

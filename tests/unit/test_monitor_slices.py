@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sagecp.core.quantile_sketch import Values
 from sagecp.core.types import RequestState
+from sagecp.runtime.monitor_groups import GroupFigures, GroupSums, overall_figures
 from sagecp.runtime.monitor_slices import (
     DURATION_COUNT,
     ENDED,
@@ -24,11 +25,8 @@ from sagecp.runtime.monitor_slices import (
     TOKENS,
     TPOT,
     TTFT,
-    GroupFigures,
     SliceStore,
-    group_figures,
     merged,
-    overall_figures,
     table_of,
 )
 
@@ -95,7 +93,7 @@ def test_two_hours_of_samples_take_few_slices_and_the_last_hour_is_whole() -> No
     assert count == real_s
     for window_s in (60.0, 300.0, 3600.0):
         found, _ = store.within(7200.0, window_s)
-        one_group = group_figures(found, np.zeros(3, np.int64), 1)
+        one_group = GroupSums().figures(found, np.zeros(3, np.int64), 1)
         assert same(one_group, overall_figures(found))
         assert one_group.quantiles_s[0, LATENCY] == pytest.approx((5.0, 10.0, 10.0), rel=0.01)
 
@@ -136,7 +134,7 @@ def test_what_does_not_apply_is_left_out() -> None:
     store = SliceStore(PLENTY)
     store.add(0.0, table)
     found, _ = store.within(1.0, 60.0)
-    figures = group_figures(found, np.array([-1, 1, -1, 0]), 3)
+    figures = GroupSums().figures(found, np.array([-1, 1, -1, 0]), 3)
     counts = figures.sample_counts.tolist()
     assert [counts[0][each] for each in (LATENCY, TTFT, TPOT, QUEUE_WAIT)] == [1, 0, 0, 1]
     assert counts[1:] == [[1, 1, 1, 1], [0, 0, 0, 0]]

@@ -77,9 +77,7 @@ def test_buckets_hold_everything_up_to_their_bounds() -> None:
         cell.observe(value)
     assert cell.count == 6
     samples = read_samples("".join(family.pieces()))
-    buckets = [
-        samples["m_seconds_bucket", ("a", "x"), ("le", bound)] for bound in ("0.1", "1", "10", "+Inf")
-    ]
+    buckets = [samples["m_seconds_bucket", ("a", "x"), ("le", bound)] for bound in ("0.1", "1", "10", "+Inf")]
     assert buckets == [2, 4, 5, 6]
     assert samples["m_seconds_count", ("a", "x")] == 6
     assert samples["m_seconds_sum", ("a", "x")] == pytest.approx(106.65)

@@ -39,7 +39,9 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
 
     async def GetMetrics(self, request: pb.GetMetricsRequest, context: Context) -> pb.GetMetricsResponse:
         """Return how the fleet does."""
-        return pb.GetMetricsResponse(snapshot=await self._metrics.snapshot(query_from_proto(request)))
+        response = pb.GetMetricsResponse()
+        await self._metrics.fill(query_from_proto(request), response.snapshot)
+        return response
 
     async def WatchMetrics(self, request: pb.WatchMetricsRequest, context: Context) -> None:  # type: ignore[override]
         """Send how the fleet does, again and again."""
