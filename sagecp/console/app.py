@@ -17,6 +17,7 @@ from sagecp.config import ConsoleConfig, is_loopback
 from sagecp.console.feed import ConsoleFeed, TooManyViewersError
 from sagecp.console.rows import decision_values, request_values
 from sagecp.core.errors import RequestNotFoundError, SageError
+from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.settings import SettingsChange
 from sagecp.runtime.manager import ControlPlaneManager
 
@@ -183,7 +184,12 @@ class ConsoleServer:
             ) from None
         try:
             await response.prepare(request)
-            await response.write(_event({"kind": "hello", "actions": self._config.actions}))
+            hello = {
+                "kind": "hello",
+                "actions": self._config.actions,
+                "policies": SCHEDULING_POLICIES.names,
+            }
+            await response.write(_event(hello))
             await response.write(b"data: " + first + b"\n\n")
             async for update in updates:
                 await response.write(b"data: " + update + b"\n\n")

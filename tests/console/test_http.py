@@ -63,7 +63,9 @@ async def test_a_viewer_gets_the_whole_and_then_what_changes(console: Console) -
     await console.rig.add_engine("e1")
     async with asyncio.timeout(20):
         stream = updates(console)
-        assert await anext(stream) == {"kind": "hello", "actions": False}
+        hello = await anext(stream)
+        assert (hello["kind"], hello["actions"]) == ("hello", False)
+        assert "slo_aware" in hello["policies"]
         whole = await anext(stream)
         assert whole["kind"] == "whole"
         assert [(row["id"], row["state"]) for row in whole["instances"]] == [("e1", "READY")]

@@ -66,6 +66,7 @@ async def test_the_fleet_as_it_changes(console: Console, browser: Browser) -> No
     await expect(page.locator("#drawer-title")).to_have_text("e1")
     await expect(page.locator("#drawer")).to_contain_text("READY")
     # It only shows.
+    await expect(page.get_by_label("Order by")).to_be_hidden()
     await expect(page.locator("#drawer .actions")).to_have_count(0)
     assert troubles == []
 
@@ -104,6 +105,10 @@ async def test_acting_where_that_is_allowed(browser: Browser) -> None:
         await drawer.get_by_role("button", name="Resume").click()
         await expect(drawer.get_by_role("button", name="Drain")).to_be_visible()
         assert console.rig.manager.instance("e1").drain is None
+        await page.locator("#drawer-close").click()
+        await page.get_by_label("Order by").select_option("fifo")
+        await expect(page.locator("#policy")).to_contain_text("fifo")
+        assert console.rig.manager.scheduling_settings().scheduling_policy == "fifo"
         assert troubles == []
 
 

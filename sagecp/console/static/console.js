@@ -27,6 +27,7 @@ const cells = new Map();
 function take(message) {
   if (message.kind === "hello") {
     picture.actions = message.actions;
+    offerPolicies(message.policies);
     return;
   }
   if (message.kind === "whole") {
@@ -85,6 +86,19 @@ function drawHeader() {
   const policy = status.policy === status.policy_in_force ? status.policy : `${status.policy} → ${status.policy_in_force}`;
   $("policy").textContent = `${policy} · ${status.routing} · ${status.balancer}${why}`;
   $("policy").title = $("policy").textContent;
+  const choice = $("policy-choice").querySelector("select");
+  if (document.activeElement !== choice) choice.value = status.policy;
+}
+
+function offerPolicies(names) {
+  const label = $("policy-choice");
+  const choice = label.querySelector("select");
+  label.hidden = !picture.actions;
+  choice.replaceChildren(...names.map((name) => new Option(name)));
+  choice.onchange = async () => {
+    const answer = await act("/api/policy", { scheduling_policy: choice.value });
+    if (!answer.ok) open("The policy stays as it is", {}, element("p", "trouble", (await answer.json()).detail));
+  };
 }
 
 function drawTiles() {
