@@ -70,6 +70,7 @@ class ConsoleFeed:
         self._interval_s = interval_s
         self._max_viewer_count = max_viewer_count
         self._viewers: set[_Viewer] = set()
+        self._joining = asyncio.Lock()
         self._watched = asyncio.Event()
         self._history: deque[dict[str, Any]] = deque(maxlen=MAX_HISTORY_COUNT)
         # As the viewers know it.
@@ -104,14 +105,17 @@ class ConsoleFeed:
         Raises:
             TooManyViewersError: Too many watch already.
         """
-        if len(self._viewers) >= self._max_viewer_count:
-            raise TooManyViewersError
         viewer = _Viewer()
         viewer.is_behind = True
-        if not self._viewers:
-            # What the last viewers knew is old.
-            self._rows, self._picture = await self._make_rows(), self._make_picture()
-        self._viewers.add(viewer)
+        # One after the other: what the first one begins with, the next one goes on from.
+        async with self._joining:
+            if len(self._viewers) >= self._max_viewer_count:
+                raise TooManyViewersError
+            if not self._viewers:
+                # What the last viewers knew is old.
+                self._rows, self._picture = await self._make_rows(), self._make_picture()
+                self._shown_event_sequence = self._manager.events.last_sequence
+            self._viewers.add(viewer)
         self._watched.set()
         try:
             while True:
@@ -173,8 +177,8 @@ class ConsoleFeed:
         }
 
     def _whole(self, rows: dict[str, dict[str, Any]], picture: dict[str, Any]) -> dict[str, Any]:
+        # The others have yet to be told of the latest: the page knows which ones it has.
         events = self._latest_events()
-        self._shown_event_sequence = self._manager.events.last_sequence
         return {
             "kind": "whole",
             "time": time.time(),

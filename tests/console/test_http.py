@@ -88,6 +88,25 @@ async def test_a_viewer_gets_the_whole_and_then_what_changes(console: Console) -
         await stream.aclose()  # type: ignore[attr-defined]
 
 
+async def test_one_who_joins_takes_nothing_from_the_others(console: Console) -> None:
+    async with asyncio.timeout(20):
+        first = updates(console)
+        while (await anext(first))["kind"] != "change":
+            pass
+        await console.rig.add_engine("e1")
+        for path in ("/api/snapshot", "/api/snapshot"):
+            async with console.http.get(console.url + path) as response:
+                assert response.status == 200
+        second = updates(console)
+        while (await anext(second))["kind"] != "whole":
+            pass
+        told: set[str] = set()
+        while "INSTANCE_REGISTERED" not in told:
+            told |= {event["kind"] for event in (await anext(first))["events"]}
+        for stream in (first, second):
+            await stream.aclose()  # type: ignore[attr-defined]
+
+
 async def test_decisions_are_shown_with_their_receipts_and_nothing_of_the_prompt(console: Console) -> None:
     engine = await console.rig.add_engine("e1")
     await console.rig.submit("r-1", CANARY)

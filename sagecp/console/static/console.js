@@ -40,7 +40,8 @@ function take(message) {
   for (const name of ["status", "metrics", "decisions"]) {
     if (name in message) picture[name] = message[name];
   }
-  const events = [...message.events].sort((a, b) => b.sequence - a.sequence);
+  const known = picture.events[0]?.sequence ?? 0;
+  const events = message.events.filter((event) => event.sequence > known).sort((a, b) => b.sequence - a.sequence);
   picture.events = [...events, ...picture.events].slice(0, SHOWN_EVENTS);
   remember(message.time);
   draw(message);
