@@ -13,6 +13,8 @@ from playwright.async_api import Browser, Page, async_playwright, expect
 from tests.console.conftest import Console, running_console
 from tests.support.waiting import until
 
+# A busy machine may take its time.
+expect.set_options(timeout=30_000)
 WIDE = {"width": 1360, "height": 900}
 
 
@@ -29,8 +31,10 @@ def chromium() -> str:
 async def browser() -> AsyncIterator[Browser]:
     path = chromium()
     async with async_playwright() as playwright:
-        # Containers run as root, where Chromium's sandbox cannot.
-        running = await playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        # Containers run as root, where Chromium's sandbox cannot, and have little shared memory.
+        running = await playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        )
         try:
             yield running
         finally:
