@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.heartbeat_agents import AgentPlan, AgentProcess, BeatCounts
-from bench.processes import Measured, control_plane, machine, print_table, served_by, write_json
+from bench.processes import Measured, control_plane, machine, print_side_by_side, served_by, write_json
 
 _PRESETS = {"1000x1s": (1000, 1.0), "10000x5s": (10_000, 5.0)}
 
@@ -145,11 +145,7 @@ def main() -> None:
         f"\n{machine()}; {arguments.agents} agents of {arguments.engines_per_agent} engines with "
         f"{arguments.gpus} GPUs each, a beat per {arguments.interval:g} s each, in {arguments.seconds:g} s\n"
     )
-    names = list(figures["sagecp"])
-    print_table(
-        ("figure", *figures),
-        [(name, *(f"{each[name]:.2f}" for each in figures.values())) for name in names],
-    )
+    print_side_by_side(figures)
     write_json(arguments.json, figures)
 
 

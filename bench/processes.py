@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,6 +142,17 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
         if index == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def print_side_by_side(figures: Mapping[str, Mapping[str, float]]) -> None:
+    """Print what was measured of several as a table: a column each, a row per figure of the first."""
+    print_table(
+        ("figure", *figures),
+        [
+            (name, *(f"{each[name]:.2f}" for each in figures.values()))
+            for name in next(iter(figures.values()))
+        ],
+    )
 
 
 def write_json(path: Path | None, figures: object) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import grpc
 
-from bench.processes import Measured, control_plane, machine, print_table, write_json
+from bench.processes import Measured, control_plane, machine, print_side_by_side, write_json
 from sagecp.v1 import fleet_service_pb2 as pb
 from sagecp.v1 import fleet_service_pb2_grpc, instance_pb2
 
@@ -231,11 +231,7 @@ def main() -> None:
         f"\n{machine()}; {arguments.instances} instances with {_GPU_COUNT} GPUs, a heartbeat per "
         f"{arguments.interval:g} s each, over {arguments.seconds:g} s\n"
     )
-    names = next(iter(figures.values()))
-    print_table(
-        ("figure", *figures),
-        [(name, *(f"{each[name]:.2f}" for each in figures.values())) for name in names],
-    )
+    print_side_by_side(figures)
     write_json(arguments.json, figures)
 
 
