@@ -28,6 +28,7 @@ from sagecp.agent.watch import MAX_LOOK_S, EngineWatch
 from sagecp.core.engine_state import KvCacheUpdate
 from sagecp.log import get_logger
 from sagecp.v1 import fleet_service_pb2 as pb
+from sagecp.wire.times import seconds_of
 
 T = TypeVar("T")
 
@@ -252,9 +253,9 @@ class Agent:
 
     def _on_registered(self, response: pb.RegisterInstanceResponse) -> None:
         self._registration = replace(self._registration, lease_token=response.lease_token)
-        lease_s = response.lease_duration.seconds + response.lease_duration.nanos / 1e9
+        lease_s = seconds_of(response.lease_duration)
         self._largest_interval_s = lease_s / _BEATS_PER_LEASE if lease_s > 0 else float("inf")
-        asked_s = response.heartbeat_interval.seconds + response.heartbeat_interval.nanos / 1e9
+        asked_s = seconds_of(response.heartbeat_interval)
         self._set_interval(asked_s if asked_s > 0 else _DEFAULT_INTERVAL_S)
         if (self._config.interval_s or 0.0) > self._interval_s:
             self._logger.warning(

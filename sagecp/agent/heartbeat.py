@@ -14,6 +14,7 @@ from sagecp.agent.errors import AgentError, ControlPlaneLostError, ForgottenErro
 from sagecp.agent.orders import Wishes
 from sagecp.v1 import fleet_service_pb2 as pb
 from sagecp.wire.engine import adapters_from_proto
+from sagecp.wire.times import seconds_of
 
 Stream = grpc.aio.StreamStreamCall[Any, Any]
 
@@ -261,7 +262,7 @@ class HeartbeatLane:
         changed = changed or wishes != self.wishes
         self.desired_state, self.wishes = response.desired_state, wishes
         if response.HasField("next_interval"):
-            asked_s = response.next_interval.seconds + response.next_interval.nanos / 1e9
+            asked_s = seconds_of(response.next_interval)
             clamped_s = clamp_interval_s(asked_s)
             changed = changed or clamped_s != self.asked_interval_s
             self.asked_interval_s = clamped_s

@@ -234,6 +234,43 @@ class Connection:
         return True
 
 
+class Resumption:
+    """Resumes one stream, again and again, as long as the retry policy allows.
+
+    Args:
+        connection: That the stream is made over.
+        end_s: When the caller's time is over, on the monotonic clock; ``None``: never.
+    """
+
+    def __init__(self, connection: Connection, end_s: float | None = None) -> None:
+        self._connection = connection
+        self._end_s = end_s
+        self._failed_attempts = 0
+        self._lost_at_s = 0.0
+
+    def note_answer(self) -> None:
+        """The stream brought something: the next loss is a new one."""
+        self._failed_attempts = 0
+
+    def note_loss(self) -> None:
+        """The stream, or a try to have it back, failed."""
+        if not self._failed_attempts:
+            self._lost_at_s = time.monotonic()
+        self._failed_attempts += 1
+
+    async def pause(self, error: ClientError, *, opened: bool) -> bool:
+        """Wait before the next try; return false when there shall be none.
+
+        Args:
+            error: How the last try failed.
+            opened: The stream was open before, so that it is gone on with.
+        """
+        lost_s = time.monotonic() - self._lost_at_s if opened else None
+        return await self._connection.pause(
+            self._connection.retry, self._failed_attempts, error, self._end_s, lost_s
+        )
+
+
 def _is_local(target: str) -> bool:
     if target.startswith("unix:"):
         return True

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from sagecp.core.errors import ErrorReason, FieldViolation
+from sagecp.wire.times import seconds_of
 
 if TYPE_CHECKING:
     from sagecp.core.types import RequestState, RequestStatus
@@ -218,7 +219,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError, request_id: str = "") -> ClientE
                     FieldViolation(each.field, each.description) for each in detail.field_violations
                 ]
             elif isinstance(detail, error_details_pb2.RetryInfo):
-                retry_after_s = detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
+                retry_after_s = seconds_of(detail.retry_delay)
     return _CLASSES.get(code, ClientError)(
         message,
         code=code,

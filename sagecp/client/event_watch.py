@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import grpc
 
-from sagecp.client.connection import Connection
+from sagecp.client.connection import Connection, Resumption
 from sagecp.client.errors import ClientError, UnavailableError, from_rpc_error
 from sagecp.core.fleet_event import FleetEvent
 from sagecp.v1 import admin_service_pb2 as pb
@@ -37,8 +36,7 @@ async def watch_events(connection: Connection, query: pb.WatchEventsRequest) -> 
         ClientError: The call was refused, or the connection is lost for longer than
             streams are resumed.
     """
-    failed_attempts = 0
-    lost_at_s = 0.0
+    resumption = Resumption(connection)
     process_start_s: float | None = None
     while True:
         error: ClientError
@@ -58,7 +56,7 @@ async def watch_events(connection: Connection, query: pb.WatchEventsRequest) -> 
                     # Should the connection break before anything comes, nothing is missed all the same.
                     query.after_sequence = status.last_event_sequence
             async for response in call:
-                failed_attempts = 0
+                resumption.note_answer()
                 event = event_from_proto(response.event)
                 query.after_sequence = event.sequence
                 yield WatchedEvent(event, response.skipped_count)
@@ -72,10 +70,6 @@ async def watch_events(connection: Connection, query: pb.WatchEventsRequest) -> 
         finally:
             if call is not None:
                 call.cancel()
-        now = time.monotonic()
-        if not failed_attempts:
-            lost_at_s = now
-        failed_attempts += 1
-        lost_s = None if process_start_s is None else now - lost_at_s
-        if not await connection.pause(connection.retry, failed_attempts, error, None, lost_s):
+        resumption.note_loss()
+        if not await resumption.pause(error, opened=process_start_s is not None):
             raise error from None

@@ -11,7 +11,7 @@ from typing import Self
 import grpc
 
 from sagecp.client import convert
-from sagecp.client.connection import Connection
+from sagecp.client.connection import Connection, Resumption
 from sagecp.client.errors import (
     ClientError,
     NotFoundError,
@@ -82,8 +82,7 @@ class EventStream:
             StreamLostError: The stream broke off and could not be resumed.
             ClientError: The request was refused, or is not known.
         """
-        failed_attempts = 0
-        lost_at_s = 0.0
+        resumption = Resumption(self._connection, self._end_s)
         while True:
             starts = self._spec is not None and not self._opened
             if starts:
@@ -94,7 +93,7 @@ class EventStream:
                 async for event in call:
                     kind = event.WhichOneof("event")
                     if kind == "chunk":
-                        failed_attempts = 0
+                        resumption.note_answer()
                         if self._line_up(event.chunk):
                             yield event
                     elif kind == "terminal":
@@ -122,16 +121,10 @@ class EventStream:
                 error = from_rpc_error(failure, self.request_id)
             finally:
                 call.cancel()
-            now = time.monotonic()
-            if not failed_attempts:
-                lost_at_s = now
-            failed_attempts += 1
+            resumption.note_loss()
             self._connection.note_answer(error, admission=starts)
             resumable = self._survive or not self._opened
-            lost_s = now - lost_at_s if self._opened else None
-            if not resumable or not await self._connection.pause(
-                self._connection.retry, failed_attempts, error, self._end_s, lost_s
-            ):
+            if not resumable or not await resumption.pause(error, opened=self._opened):
                 raise self._lost(error) from None
 
     def _call(self) -> _Call:
