@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from sagecp.cli.complete import complete_instances
-from sagecp.cli.options import DURATION, ServerOptions, one_format_option, server_options
+from sagecp.cli.options import ServerOptions, one_format_option, server_options
+from sagecp.cli.order_options import check_grace, grace_options, record_options, set_grace
 
 _EPILOG = """\b
 Examples:
@@ -18,24 +19,9 @@ Examples:
 @click.command("drain", epilog=_EPILOG)
 @click.argument("instance_id", shell_complete=complete_instances)
 @click.option("--wait", is_flag=True, help="Wait until nothing runs there, and show how far it is.")
-@click.option(
-    "--grace",
-    "grace_s",
-    type=DURATION,
-    metavar="T",
-    help="Move what still runs there after this time: 30s, 5m.  [never: it runs to its end]",
-)
-@click.option("--now", is_flag=True, help="Move what runs there at once; the same as --grace 0s.")
-@click.option("--force", is_flag=True, help="Even if the rest of the fleet could not carry the load.")
+@grace_options
 @click.option("--undo", is_flag=True, help="Take work again.")
-@click.option(
-    "--incarnation",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="N",
-    help="Only this incarnation of the instance.  [whichever is registered]",
-)
-@click.option("--cause", default="", help="Why, for the record.")
+@record_options
 @one_format_option
 @server_options
 def drain(
@@ -57,8 +43,7 @@ def drain(
     flight. Repeating the command changes the grace time; without one nothing
     is moved. With --wait, --timeout bounds the wait; the drain goes on after it.
     """
-    if now and grace_s is not None:
-        raise click.UsageError("--now is a grace time of 0 s; give it or --grace, not both")
+    check_grace(grace_s, now=now)
     if undo and (now or grace_s is not None or force or wait):
         raise click.UsageError("--undo goes with none of --grace, --now, --force and --wait")
     from sagecp.cli import drain_view
@@ -67,6 +52,5 @@ def drain(
     query = fleet_service_pb2.DrainInstanceRequest(
         instance_id=instance_id, undo=undo, force=force, incarnation=incarnation, cause=cause
     )
-    if now or grace_s is not None:
-        query.grace_period.FromMicroseconds(round((grace_s or 0.0) * 1e6))
+    set_grace(query.grace_period, grace_s, now=now)
     drain_view.run(connection, query, wait=wait, output=output)

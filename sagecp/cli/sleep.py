@@ -5,20 +5,10 @@ from __future__ import annotations
 import click
 
 from sagecp.cli.complete import complete_instances
-from sagecp.cli.options import DURATION, F, ServerOptions, one_format_option, server_options
+from sagecp.cli.options import ServerOptions, one_format_option, server_options
+from sagecp.cli.order_options import check_grace, grace_options, record_options, set_grace
 
 _instance_argument = click.argument("instance_id", shell_complete=complete_instances)
-
-
-def _record_options(function: F) -> F:
-    decorated = click.option("--cause", default="", help="Why, for the record.")(function)
-    return click.option(
-        "--incarnation",
-        type=click.IntRange(min=0),
-        default=0,
-        metavar="N",
-        help="Only this incarnation of the instance.  [whichever is registered]",
-    )(decorated)
 
 
 @click.command("sleep")
@@ -32,16 +22,8 @@ def _record_options(function: F) -> F:
 )
 @click.option("--wait", is_flag=True, help="Wait until the engine sleeps, and show how far it is.")
 @click.option("--wake", is_flag=True, help="The opposite, as sagecp wake.")
-@click.option(
-    "--grace",
-    "grace_s",
-    type=DURATION,
-    metavar="T",
-    help="Move what still runs there after this time: 30s, 5m.  [never: it runs to its end]",
-)
-@click.option("--now", is_flag=True, help="Move what runs there at once; the same as --grace 0s.")
-@click.option("--force", is_flag=True, help="Even if the rest of the fleet could not carry the load.")
-@_record_options
+@grace_options
+@record_options
 @one_format_option
 @server_options
 def sleep(
@@ -63,8 +45,7 @@ def sleep(
     sleep that were started for it, such as vllm serve --enable-sleep-mode, and
     have an agent. With --wait, --timeout bounds the wait; the order stays.
     """
-    if now and grace_s is not None:
-        raise click.UsageError("--now is a grace time of 0 s; give it or --grace, not both")
+    check_grace(grace_s, now=now)
     if wake and (now or grace_s is not None or force):
         raise click.UsageError("--wake goes with none of --grace, --now and --force")
     from sagecp.cli import sleep_view
@@ -78,15 +59,14 @@ def sleep(
         incarnation=incarnation,
         cause=cause,
     )
-    if now or grace_s is not None:
-        query.grace_period.FromMicroseconds(round((grace_s or 0.0) * 1e6))
+    set_grace(query.grace_period, grace_s, now=now)
     sleep_view.run(connection, query, wait=wait, output=output)
 
 
 @click.command("wake")
 @_instance_argument
 @click.option("--wait", is_flag=True, help="Wait until the instance takes work again.")
-@_record_options
+@record_options
 @one_format_option
 @server_options
 def wake(
