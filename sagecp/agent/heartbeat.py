@@ -117,19 +117,22 @@ class HeartbeatStream:
                 await asyncio.wait({self._reader})
 
     async def _read(self) -> None:
-        while True:
-            response = await self._call.read()
-            if not isinstance(response, pb.HeartbeatResponse):
-                raise ControlPlaneLostError("the control plane ended the heartbeat stream")
-            # A response that names no instance is of a control plane that knows one lane alone.
-            lane = self._lanes.get(response.instance_id)
-            if lane is None and not response.instance_id and len(self._lanes) == 1:
-                lane = next(iter(self._lanes.values()))
-            if lane is not None:
-                lane.take(response)
+        try:
+            while True:
+                response = await self._call.read()
+                if not isinstance(response, pb.HeartbeatResponse):
+                    raise ControlPlaneLostError("the control plane ended the heartbeat stream")
+                # A response that names no instance is of a control plane that knows one lane alone.
+                lane = self._lanes.get(response.instance_id)
+                if lane is None and not response.instance_id and len(self._lanes) == 1:
+                    lane = next(iter(self._lanes.values()))
+                if lane is not None:
+                    lane.take(response)
+        finally:
+            # Not later: the first lane that sees the end leaves.
+            self._was_shared = len(self._lanes) > 1
 
     def _ended(self) -> None:
-        self._was_shared = len(self._lanes) > 1
         if not self._reader.cancelled():
             self._reader.exception()  # Taken note of, even if every lane is closed by now.
         for lane in self._lanes.values():

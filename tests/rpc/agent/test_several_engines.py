@@ -136,14 +136,14 @@ async def test_what_is_asked_of_one_is_done_by_that_one(
     ],
 )
 async def test_when_the_stream_ends_over_one_all_register_again(
-    agents: RunningAgents, control_plane: ControlPlane, failure: tuple[Any, ...]
+    agents: RunningAgents, control_plane: ControlPlane, log: Log, failure: tuple[Any, ...]
 ) -> None:
     await both_beat(control_plane)
     control_plane.beat_failures = [failure]
     await control_plane.until(lambda: len(control_plane.registrations) == 4)
     await both_beat(control_plane)
     assert len(control_plane.registrations) == 4
-    assert len(set(control_plane.peers)) == 1
+    assert len(set(control_plane.peers)) == 1, log
     assert not agents.task.done()
 
 
