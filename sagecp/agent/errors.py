@@ -15,6 +15,8 @@ EXIT_NOT_PERMITTED = 4
 EXIT_CONFLICT = 5
 
 _STALE = "STALE_INCARNATION"
+# What grpc.aio makes of a write to a call that has ended, before it has read how.
+_STATUS_LOST = "Internal error from Core"
 
 
 class AgentError(Exception):
@@ -77,6 +79,10 @@ def judge(error: grpc.aio.AioRpcError, instance_id: str, *, registering: bool, t
         return AgentError(f"the control plane refused the registration: {wrong}", EXIT_INVALID)
     if not registering and code in {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION}:
         return ForgottenError(details)
+    if not registering and code is grpc.StatusCode.INTERNAL and details == _STATUS_LOST:
+        # Of a stream that ends while a beat is sent, the library may tell this instead of the reason:
+        # the next registration has the same reason to be refused, or there is none any more.
+        return ForgottenError("the stream ended while a heartbeat was sent, and its reason was lost")
     message = f"{code.name}: {details}"
     if code is grpc.StatusCode.UNAVAILABLE:
         if tls and any(word in details.lower() for word in ("ssl", "tls", "handshake")):
