@@ -448,6 +448,8 @@ class GetStatusResponse(_message.Message):
     RESIDENT_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     LAST_EVENT_SEQUENCE_FIELD_NUMBER: _builtins.int
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
+    FLEET_PLANS_FIELD_NUMBER: _builtins.int
+    STEP_TIME_ACCURACY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the server."""
     accepting: _builtins.bool
@@ -526,6 +528,14 @@ class GetStatusResponse(_message.Message):
     def lease_duration(self) -> _duration_pb2.Duration:
         """Time of a lease: an agent that is silent for so long has lost its instance."""
 
+    @_builtins.property
+    def fleet_plans(self) -> _containers.RepeatedCompositeFieldContainer[Global___FleetPlan]:
+        """How each model's instances are spread over GPUs, beside what the planner would do."""
+
+    @_builtins.property
+    def step_time_accuracy(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTimeAccuracy]:
+        """Predicted against observed step times, one entry per kind of instance that was observed."""
+
     def __init__(
         self,
         *,
@@ -553,14 +563,136 @@ class GetStatusResponse(_message.Message):
         resident_memory_bytes: _builtins.int = ...,
         last_event_sequence: _builtins.int = ...,
         lease_duration: _duration_pb2.Duration | None = ...,
+        fleet_plans: _abc.Iterable[Global___FleetPlan] | None = ...,
+        step_time_accuracy: _abc.Iterable[Global___StepTimeAccuracy] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event_loop_lag", b"event_loop_lag", "lease_duration", b"lease_duration", "scheduling", b"scheduling", "start_time", b"start_time", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepting", b"accepting", "active_request_count", b"active_request_count", "cpu_seconds", b"cpu_seconds", "event_loop_lag", b"event_loop_lag", "heartbeat_count", b"heartbeat_count", "instance_count_by_state", b"instance_count_by_state", "last_event_sequence", b"last_event_sequence", "lease_duration", b"lease_duration", "loops", b"loops", "models", b"models", "policy_in_force", b"policy_in_force", "policy_reason", b"policy_reason", "prediction_accuracy", b"prediction_accuracy", "queue_capacity", b"queue_capacity", "queued_count_by_model", b"queued_count_by_model", "queued_count_by_priority", b"queued_count_by_priority", "queued_count_by_tenant", b"queued_count_by_tenant", "recent_faults", b"recent_faults", "refused_heartbeat_count_by_reason", b"refused_heartbeat_count_by_reason", "resident_memory_bytes", b"resident_memory_bytes", "scheduling", b"scheduling", "start_time", b"start_time", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepting", b"accepting", "active_request_count", b"active_request_count", "cpu_seconds", b"cpu_seconds", "event_loop_lag", b"event_loop_lag", "fleet_plans", b"fleet_plans", "heartbeat_count", b"heartbeat_count", "instance_count_by_state", b"instance_count_by_state", "last_event_sequence", b"last_event_sequence", "lease_duration", b"lease_duration", "loops", b"loops", "models", b"models", "policy_in_force", b"policy_in_force", "policy_reason", b"policy_reason", "prediction_accuracy", b"prediction_accuracy", "queue_capacity", b"queue_capacity", "queued_count_by_model", b"queued_count_by_model", "queued_count_by_priority", b"queued_count_by_priority", "queued_count_by_tenant", b"queued_count_by_tenant", "recent_faults", b"recent_faults", "refused_heartbeat_count_by_reason", b"refused_heartbeat_count_by_reason", "resident_memory_bytes", b"resident_memory_bytes", "scheduling", b"scheduling", "start_time", b"start_time", "step_time_accuracy", b"step_time_accuracy", "uptime", b"uptime", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class FleetPlan(_message.Message):
+    """FleetPlan is how the instances of a model on one kind of GPU are spread, beside what the
+    planner would do with the same GPUs and the traffic of late.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    GPU_NAME_FIELD_NUMBER: _builtins.int
+    INSTANCE_COUNT_FIELD_NUMBER: _builtins.int
+    GPU_COUNT_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    RECOMMENDED_FIELD_NUMBER: _builtins.int
+    GAIN_RATIO_FIELD_NUMBER: _builtins.int
+    CHANGE_ADVISED_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    gpu_name: _builtins.str
+    """Kind of the GPUs."""
+    instance_count: _builtins.int
+    """Instances."""
+    gpu_count: _builtins.int
+    """Their GPUs."""
+    gain_ratio: _builtins.float
+    """Requests within the objectives for a dollar: recommended by present. 0: unknown."""
+    change_advised: _builtins.bool
+    """Whether the present plan is far from the recommended one."""
+    message: _builtins.str
+    """In words; where nothing is recommended, why not."""
+    @_builtins.property
+    def sizes(self) -> _parallelism_pb2.ParallelSizes:
+        """Sizes of most of them."""
+
+    @_builtins.property
+    def recommended(self) -> _parallelism_pb2.ParallelismPlan:
+        """What the planner would do. Absent: too little is known."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        gpu_name: _builtins.str = ...,
+        instance_count: _builtins.int = ...,
+        gpu_count: _builtins.int = ...,
+        sizes: _parallelism_pb2.ParallelSizes | None = ...,
+        recommended: _parallelism_pb2.ParallelismPlan | None = ...,
+        gain_ratio: _builtins.float = ...,
+        change_advised: _builtins.bool = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["recommended", b"recommended", "sizes", b"sizes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_advised", b"change_advised", "gain_ratio", b"gain_ratio", "gpu_count", b"gpu_count", "gpu_name", b"gpu_name", "instance_count", b"instance_count", "message", b"message", "model", b"model", "recommended", b"recommended", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FleetPlan: _TypeAlias = FleetPlan  # noqa: Y015
+
+@_typing.final
+class StepTimeAccuracy(_message.Message):
+    """StepTimeAccuracy is how right the step times predicted for a kind of instance are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    GPU_NAME_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    OBSERVATION_COUNT_FIELD_NUMBER: _builtins.int
+    OBSERVED_RATIO_FIELD_NUMBER: _builtins.int
+    DECODE_RATIO_FIELD_NUMBER: _builtins.int
+    PREFILL_RATIO_FIELD_NUMBER: _builtins.int
+    DRIFTING_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """Model, GPU and sizes, for people."""
+    model: _builtins.str
+    """The model."""
+    gpu_name: _builtins.str
+    """Kind of the GPUs."""
+    source: _builtins.str
+    """Where the prediction came from."""
+    observation_count: _builtins.int
+    """Observations compared."""
+    observed_ratio: _builtins.float
+    """Observed by predicted time of late; above 1: slower than predicted."""
+    decode_ratio: _builtins.float
+    """The same of steps that only decode. 0: none was seen."""
+    prefill_ratio: _builtins.float
+    """The same of prefills. 0: none was seen."""
+    drifting: _builtins.bool
+    """Whether it is more than the allowed drift off."""
+    @_builtins.property
+    def sizes(self) -> _parallelism_pb2.ParallelSizes:
+        """Sizes of the instances."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        model: _builtins.str = ...,
+        gpu_name: _builtins.str = ...,
+        sizes: _parallelism_pb2.ParallelSizes | None = ...,
+        source: _builtins.str = ...,
+        observation_count: _builtins.int = ...,
+        observed_ratio: _builtins.float = ...,
+        decode_ratio: _builtins.float = ...,
+        prefill_ratio: _builtins.float = ...,
+        drifting: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sizes", b"sizes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_ratio", b"decode_ratio", "drifting", b"drifting", "gpu_name", b"gpu_name", "kind", b"kind", "model", b"model", "observation_count", b"observation_count", "observed_ratio", b"observed_ratio", "prefill_ratio", b"prefill_ratio", "sizes", b"sizes", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTimeAccuracy: _TypeAlias = StepTimeAccuracy  # noqa: Y015
 
 @_typing.final
 class LoopStatus(_message.Message):
@@ -849,12 +981,33 @@ class PlanParallelismRequest(_message.Message):
     OBJECTIVES_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     MAX_PLAN_COUNT_FIELD_NUMBER: _builtins.int
+    MODEL_CONFIG_JSON_FIELD_NUMBER: _builtins.int
+    GOAL_FIELD_NUMBER: _builtins.int
+    ENGINE_OPTIONS_FIELD_NUMBER: _builtins.int
+    ATTAINMENT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FORMAT_FIELD_NUMBER: _builtins.int
+    INCLUDE_REJECTED_FIELD_NUMBER: _builtins.int
+    INCLUDE_PARETO_FRONT_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """Name of a model that the planner knows. Used when `model_shape` is absent."""
     type: _parallelism_pb2.ParallelismType.ValueType
     """Only plans of this type. Absent: any."""
     max_plan_count: _builtins.int
     """Most plans to return, best first. 0: 5."""
+    model_config_json: _builtins.str
+    """The model's Hugging Face `config.json`, at most 256 KiB. Wins over the two above."""
+    goal: _parallelism_pb2.PlanGoal.ValueType
+    """What the best plan is best at."""
+    attainment: _builtins.float
+    """Share of the requests that must meet the objectives, above 0 to 1. 0: 0.9."""
+    weight_format: _builtins.str
+    """How the linear layers are stored, where the configuration does not tell: "bfloat16",
+    "fp8", "int8", "int4", "mxfp4", "nvfp4". Empty: as the configuration tells.
+    """
+    include_rejected: _builtins.bool
+    """Also return plans that cannot be, with the reasons; at most 1,000."""
+    include_pareto_front: _builtins.bool
+    """Also return the whole Pareto front, beyond `max_plan_count`."""
     @_builtins.property
     def model_shape(self) -> _parallelism_pb2.ModelShape:
         """Shape of the model."""
@@ -871,6 +1024,10 @@ class PlanParallelismRequest(_message.Message):
     def objectives(self) -> _request_pb2.Objectives:
         """Objectives to meet."""
 
+    @_builtins.property
+    def engine_options(self) -> _parallelism_pb2.PlanEngineOptions:
+        """Settings of the engine."""
+
     def __init__(
         self,
         *,
@@ -881,10 +1038,17 @@ class PlanParallelismRequest(_message.Message):
         objectives: _request_pb2.Objectives | None = ...,
         type: _parallelism_pb2.ParallelismType.ValueType = ...,
         max_plan_count: _builtins.int = ...,
+        model_config_json: _builtins.str = ...,
+        goal: _parallelism_pb2.PlanGoal.ValueType = ...,
+        engine_options: _parallelism_pb2.PlanEngineOptions | None = ...,
+        attainment: _builtins.float = ...,
+        weight_format: _builtins.str = ...,
+        include_rejected: _builtins.bool = ...,
+        include_pareto_front: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model_shape", b"model_shape", "objectives", b"objectives", "workload", b"workload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine_options", b"engine_options", "model_shape", b"model_shape", "objectives", b"objectives", "workload", b"workload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_pools", b"gpu_pools", "max_plan_count", b"max_plan_count", "model_name", b"model_name", "model_shape", b"model_shape", "objectives", b"objectives", "type", b"type", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attainment", b"attainment", "engine_options", b"engine_options", "goal", b"goal", "gpu_pools", b"gpu_pools", "include_pareto_front", b"include_pareto_front", "include_rejected", b"include_rejected", "max_plan_count", b"max_plan_count", "model_config_json", b"model_config_json", "model_name", b"model_name", "model_shape", b"model_shape", "objectives", b"objectives", "type", b"type", "weight_format", b"weight_format", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -897,19 +1061,253 @@ class PlanParallelismResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PLANS_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    CONSIDERED_PLAN_COUNT_FIELD_NUMBER: _builtins.int
+    REJECTED_PLAN_COUNT_FIELD_NUMBER: _builtins.int
+    summary: _builtins.str
+    """Why the first is recommended."""
+    considered_plan_count: _builtins.int
+    """Plans looked at."""
+    rejected_plan_count: _builtins.int
+    """Those of them that cannot be."""
     @_builtins.property
     def plans(self) -> _containers.RepeatedCompositeFieldContainer[_parallelism_pb2.ParallelismPlan]:
-        """The plans, best first."""
+        """The plans, best first. Empty: none can be; `summary` says what would make one possible."""
+
+    @_builtins.property
+    def rejected(self) -> _containers.RepeatedCompositeFieldContainer[_parallelism_pb2.RejectedPlan]:
+        """Plans that cannot be, when they were asked for."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What to know before trusting it."""
+
+    @_builtins.property
+    def model(self) -> _parallelism_pb2.ModelSummary:
+        """What the planner took the model for."""
 
     def __init__(
         self,
         *,
         plans: _abc.Iterable[_parallelism_pb2.ParallelismPlan] | None = ...,
+        rejected: _abc.Iterable[_parallelism_pb2.RejectedPlan] | None = ...,
+        summary: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        model: _parallelism_pb2.ModelSummary | None = ...,
+        considered_plan_count: _builtins.int = ...,
+        rejected_plan_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plans", b"plans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["considered_plan_count", b"considered_plan_count", "model", b"model", "plans", b"plans", "rejected", b"rejected", "rejected_plan_count", b"rejected_plan_count", "summary", b"summary", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlanParallelismResponse: _TypeAlias = PlanParallelismResponse  # noqa: Y015
+
+@_typing.final
+class ForecastLoadRequest(_message.Message):
+    """ForecastLoadRequest asks for a forecast."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    HORIZON_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Only this model. Empty: all of them together."""
+    tenant_id: _builtins.str
+    """Only this tenant. Empty: all."""
+    @_builtins.property
+    def horizon(self) -> _duration_pb2.Duration:
+        """How far ahead, 5 minutes to 24 hours. Absent: 1 hour."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        tenant_id: _builtins.str = ...,
+        horizon: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["horizon", b"horizon"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["horizon", b"horizon", "model", b"model", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForecastLoadRequest: _TypeAlias = ForecastLoadRequest  # noqa: Y015
+
+@_typing.final
+class ForecastLoadResponse(_message.Message):
+    """ForecastLoadResponse is a forecast."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    BASIS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    basis: _builtins.str
+    """In words: what it rests on, or why there is none yet."""
+    @_builtins.property
+    def step(self) -> _duration_pb2.Duration:
+        """Length of a step."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoadForecast]:
+        """One entry per step from now on."""
+
+    @_builtins.property
+    def total(self) -> Global___LoadForecast:
+        """The whole horizon."""
+
+    @_builtins.property
+    def error(self) -> Global___ForecastError:
+        """How right earlier forecasts so far ahead were."""
+
+    @_builtins.property
+    def history(self) -> _duration_pb2.Duration:
+        """How much history it rests on."""
+
+    def __init__(
+        self,
+        *,
+        step: _duration_pb2.Duration | None = ...,
+        steps: _abc.Iterable[Global___LoadForecast] | None = ...,
+        total: Global___LoadForecast | None = ...,
+        error: Global___ForecastError | None = ...,
+        basis: _builtins.str = ...,
+        history: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "history", b"history", "step", b"step", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "error", b"error", "history", b"history", "step", b"step", "steps", b"steps", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForecastLoadResponse: _TypeAlias = ForecastLoadResponse  # noqa: Y015
+
+@_typing.final
+class LoadForecast(_message.Message):
+    """LoadForecast is the expected load of a span of time, with the bounds that 80 % of the cases
+    should lie between.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    COST_USD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When the span begins."""
+
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """How long it is."""
+
+    @_builtins.property
+    def requests(self) -> Global___ForecastRange:
+        """Requests."""
+
+    @_builtins.property
+    def prompt_tokens(self) -> Global___ForecastRange:
+        """Prompt tokens."""
+
+    @_builtins.property
+    def output_tokens(self) -> Global___ForecastRange:
+        """Output tokens."""
+
+    @_builtins.property
+    def cost_usd(self) -> Global___ForecastRange:
+        """Cost, US dollars."""
+
+    def __init__(
+        self,
+        *,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        requests: Global___ForecastRange | None = ...,
+        prompt_tokens: Global___ForecastRange | None = ...,
+        output_tokens: Global___ForecastRange | None = ...,
+        cost_usd: Global___ForecastRange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost_usd", b"cost_usd", "duration", b"duration", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "requests", b"requests", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_usd", b"cost_usd", "duration", b"duration", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "requests", b"requests", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadForecast: _TypeAlias = LoadForecast  # noqa: Y015
+
+@_typing.final
+class ForecastRange(_message.Message):
+    """ForecastRange is one expected quantity."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    P10_FIELD_NUMBER: _builtins.int
+    P50_FIELD_NUMBER: _builtins.int
+    P90_FIELD_NUMBER: _builtins.int
+    p10: _builtins.float
+    """10 % quantile."""
+    p50: _builtins.float
+    """Median."""
+    p90: _builtins.float
+    """90 % quantile."""
+    def __init__(
+        self,
+        *,
+        p10: _builtins.float = ...,
+        p50: _builtins.float = ...,
+        p90: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["p10", b"p10", "p50", b"p50", "p90", b"p90"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForecastRange: _TypeAlias = ForecastRange  # noqa: Y015
+
+@_typing.final
+class ForecastError(_message.Message):
+    """ForecastError is how right earlier forecasts were, told on history that they had not seen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    WEIGHTED_ERROR_FIELD_NUMBER: _builtins.int
+    NAIVE_WEIGHTED_ERROR_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    sample_count: _builtins.int
+    """Forecasts compared with what came."""
+    weighted_error: _builtins.float
+    """Sum of |forecast - actual| by sum of actual, of requests."""
+    naive_weighted_error: _builtins.float
+    """The same of a forecast that says the last hour will come again."""
+    coverage: _builtins.float
+    """Share of the actual values between p10 and p90."""
+    def __init__(
+        self,
+        *,
+        sample_count: _builtins.int = ...,
+        weighted_error: _builtins.float = ...,
+        naive_weighted_error: _builtins.float = ...,
+        coverage: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "naive_weighted_error", b"naive_weighted_error", "sample_count", b"sample_count", "weighted_error", b"weighted_error"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForecastError: _TypeAlias = ForecastError  # noqa: Y015

@@ -75,6 +75,11 @@ class AdminServiceStub(object):
                 request_serializer=sagecp_dot_v1_dot_admin__service__pb2.PlanParallelismRequest.SerializeToString,
                 response_deserializer=sagecp_dot_v1_dot_admin__service__pb2.PlanParallelismResponse.FromString,
                 _registered_method=True)
+        self.ForecastLoad = channel.unary_unary(
+                '/sagecp.v1.AdminService/ForecastLoad',
+                request_serializer=sagecp_dot_v1_dot_admin__service__pb2.ForecastLoadRequest.SerializeToString,
+                response_deserializer=sagecp_dot_v1_dot_admin__service__pb2.ForecastLoadResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -137,6 +142,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForecastLoad(self, request, context):
+        """ForecastLoad says what load and what cost the next hours will probably bring.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -179,6 +191,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.PlanParallelism,
                     request_deserializer=sagecp_dot_v1_dot_admin__service__pb2.PlanParallelismRequest.FromString,
                     response_serializer=sagecp_dot_v1_dot_admin__service__pb2.PlanParallelismResponse.SerializeToString,
+            ),
+            'ForecastLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForecastLoad,
+                    request_deserializer=sagecp_dot_v1_dot_admin__service__pb2.ForecastLoadRequest.FromString,
+                    response_serializer=sagecp_dot_v1_dot_admin__service__pb2.ForecastLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +415,33 @@ class AdminService(object):
             '/sagecp.v1.AdminService/PlanParallelism',
             sagecp_dot_v1_dot_admin__service__pb2.PlanParallelismRequest.SerializeToString,
             sagecp_dot_v1_dot_admin__service__pb2.PlanParallelismResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForecastLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sagecp.v1.AdminService/ForecastLoad',
+            sagecp_dot_v1_dot_admin__service__pb2.ForecastLoadRequest.SerializeToString,
+            sagecp_dot_v1_dot_admin__service__pb2.ForecastLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

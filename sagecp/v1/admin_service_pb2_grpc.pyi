@@ -49,6 +49,8 @@ class AdminServiceStub:
     """UpdateSchedulingConfig changes it while the server runs."""
     PlanParallelism: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PlanParallelismRequest, _admin_service_pb2.PlanParallelismResponse]
     """PlanParallelism says how to spread a model over GPUs."""
+    ForecastLoad: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ForecastLoadRequest, _admin_service_pb2.ForecastLoadResponse]
+    """ForecastLoad says what load and what cost the next hours will probably bring."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -71,6 +73,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """UpdateSchedulingConfig changes it while the server runs."""
     PlanParallelism: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PlanParallelismRequest, _admin_service_pb2.PlanParallelismResponse]  # type: ignore[assignment]
     """PlanParallelism says how to spread a model over GPUs."""
+    ForecastLoad: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ForecastLoadRequest, _admin_service_pb2.ForecastLoadResponse]  # type: ignore[assignment]
+    """ForecastLoad says what load and what cost the next hours will probably bring."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService is for operators."""
@@ -138,5 +142,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.PlanParallelismResponse, _abc.Awaitable[_admin_service_pb2.PlanParallelismResponse]]:
         """PlanParallelism says how to spread a model over GPUs."""
+
+    @_abc_1.abstractmethod
+    def ForecastLoad(
+        self,
+        request: _admin_service_pb2.ForecastLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ForecastLoadResponse, _abc.Awaitable[_admin_service_pb2.ForecastLoadResponse]]:
+        """ForecastLoad says what load and what cost the next hours will probably bring."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

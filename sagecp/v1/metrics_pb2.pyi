@@ -114,6 +114,8 @@ class PerformanceMetrics(_message.Message):
     USED_GPU_MEMORY_GIB_FIELD_NUMBER: _builtins.int
     SLO_VIOLATION_COUNT_FIELD_NUMBER: _builtins.int
     SLO_COMPLIANCE_RATE_FIELD_NUMBER: _builtins.int
+    COST_USD_FIELD_NUMBER: _builtins.int
+    USD_PER_MILLION_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     total_request_count: _builtins.int
     """Requests accepted since the server started."""
     completed_request_count: _builtins.int
@@ -142,6 +144,10 @@ class PerformanceMetrics(_message.Message):
     """Share of ended requests with an objective that met it, in the window, 0 to
     1. Absent: no such request.
     """
+    cost_usd: _builtins.float
+    """Cost of the requests that ended within the window, US dollars. Absent: no price is known."""
+    usd_per_million_output_tokens: _builtins.float
+    """Cost of a million output tokens within the window. Absent: unknown, or there were none."""
     @_builtins.property
     def latency(self) -> Global___DurationQuantiles:
         """From receipt to the last token."""
@@ -178,25 +184,35 @@ class PerformanceMetrics(_message.Message):
         used_gpu_memory_gib: _builtins.float | None = ...,
         slo_violation_count: _builtins.int = ...,
         slo_compliance_rate: _builtins.float | None = ...,
+        cost_usd: _builtins.float | None = ...,
+        usd_per_million_output_tokens: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_gpu_utilization", b"_average_gpu_utilization", "_slo_compliance_rate", b"_slo_compliance_rate", "_total_gpu_memory_gib", b"_total_gpu_memory_gib", "_used_gpu_memory_gib", b"_used_gpu_memory_gib", "average_gpu_utilization", b"average_gpu_utilization", "latency", b"latency", "queue_wait", b"queue_wait", "slo_compliance_rate", b"slo_compliance_rate", "total_gpu_memory_gib", b"total_gpu_memory_gib", "tpot", b"tpot", "ttft", b"ttft", "used_gpu_memory_gib", b"used_gpu_memory_gib"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_average_gpu_utilization", b"_average_gpu_utilization", "_cost_usd", b"_cost_usd", "_slo_compliance_rate", b"_slo_compliance_rate", "_total_gpu_memory_gib", b"_total_gpu_memory_gib", "_usd_per_million_output_tokens", b"_usd_per_million_output_tokens", "_used_gpu_memory_gib", b"_used_gpu_memory_gib", "average_gpu_utilization", b"average_gpu_utilization", "cost_usd", b"cost_usd", "latency", b"latency", "queue_wait", b"queue_wait", "slo_compliance_rate", b"slo_compliance_rate", "total_gpu_memory_gib", b"total_gpu_memory_gib", "tpot", b"tpot", "ttft", b"ttft", "usd_per_million_output_tokens", b"usd_per_million_output_tokens", "used_gpu_memory_gib", b"used_gpu_memory_gib"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_gpu_utilization", b"_average_gpu_utilization", "_slo_compliance_rate", b"_slo_compliance_rate", "_total_gpu_memory_gib", b"_total_gpu_memory_gib", "_used_gpu_memory_gib", b"_used_gpu_memory_gib", "active_request_count", b"active_request_count", "average_gpu_utilization", b"average_gpu_utilization", "cancelled_request_count", b"cancelled_request_count", "completed_request_count", b"completed_request_count", "failed_request_count", b"failed_request_count", "latency", b"latency", "queue_wait", b"queue_wait", "queued_request_count", b"queued_request_count", "requests_per_second", b"requests_per_second", "slo_compliance_rate", b"slo_compliance_rate", "slo_violation_count", b"slo_violation_count", "tokens_per_second", b"tokens_per_second", "total_gpu_memory_gib", b"total_gpu_memory_gib", "total_request_count", b"total_request_count", "tpot", b"tpot", "ttft", b"ttft", "used_gpu_memory_gib", b"used_gpu_memory_gib"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_average_gpu_utilization", b"_average_gpu_utilization", "_cost_usd", b"_cost_usd", "_slo_compliance_rate", b"_slo_compliance_rate", "_total_gpu_memory_gib", b"_total_gpu_memory_gib", "_usd_per_million_output_tokens", b"_usd_per_million_output_tokens", "_used_gpu_memory_gib", b"_used_gpu_memory_gib", "active_request_count", b"active_request_count", "average_gpu_utilization", b"average_gpu_utilization", "cancelled_request_count", b"cancelled_request_count", "completed_request_count", b"completed_request_count", "cost_usd", b"cost_usd", "failed_request_count", b"failed_request_count", "latency", b"latency", "queue_wait", b"queue_wait", "queued_request_count", b"queued_request_count", "requests_per_second", b"requests_per_second", "slo_compliance_rate", b"slo_compliance_rate", "slo_violation_count", b"slo_violation_count", "tokens_per_second", b"tokens_per_second", "total_gpu_memory_gib", b"total_gpu_memory_gib", "total_request_count", b"total_request_count", "tpot", b"tpot", "ttft", b"ttft", "usd_per_million_output_tokens", b"usd_per_million_output_tokens", "used_gpu_memory_gib", b"used_gpu_memory_gib"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__average_gpu_utilization: _TypeAlias = _typing.Literal["average_gpu_utilization"]  # noqa: Y015
     _WhichOneofArgType__average_gpu_utilization: _TypeAlias = _typing.Literal["_average_gpu_utilization", b"_average_gpu_utilization"]  # noqa: Y015
+    _WhichOneofReturnType__cost_usd: _TypeAlias = _typing.Literal["cost_usd"]  # noqa: Y015
+    _WhichOneofArgType__cost_usd: _TypeAlias = _typing.Literal["_cost_usd", b"_cost_usd"]  # noqa: Y015
     _WhichOneofReturnType__slo_compliance_rate: _TypeAlias = _typing.Literal["slo_compliance_rate"]  # noqa: Y015
     _WhichOneofArgType__slo_compliance_rate: _TypeAlias = _typing.Literal["_slo_compliance_rate", b"_slo_compliance_rate"]  # noqa: Y015
     _WhichOneofReturnType__total_gpu_memory_gib: _TypeAlias = _typing.Literal["total_gpu_memory_gib"]  # noqa: Y015
     _WhichOneofArgType__total_gpu_memory_gib: _TypeAlias = _typing.Literal["_total_gpu_memory_gib", b"_total_gpu_memory_gib"]  # noqa: Y015
+    _WhichOneofReturnType__usd_per_million_output_tokens: _TypeAlias = _typing.Literal["usd_per_million_output_tokens"]  # noqa: Y015
+    _WhichOneofArgType__usd_per_million_output_tokens: _TypeAlias = _typing.Literal["_usd_per_million_output_tokens", b"_usd_per_million_output_tokens"]  # noqa: Y015
     _WhichOneofReturnType__used_gpu_memory_gib: _TypeAlias = _typing.Literal["used_gpu_memory_gib"]  # noqa: Y015
     _WhichOneofArgType__used_gpu_memory_gib: _TypeAlias = _typing.Literal["_used_gpu_memory_gib", b"_used_gpu_memory_gib"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__average_gpu_utilization) -> _WhichOneofReturnType__average_gpu_utilization | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost_usd) -> _WhichOneofReturnType__cost_usd | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__slo_compliance_rate) -> _WhichOneofReturnType__slo_compliance_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__total_gpu_memory_gib) -> _WhichOneofReturnType__total_gpu_memory_gib | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__usd_per_million_output_tokens) -> _WhichOneofReturnType__usd_per_million_output_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__used_gpu_memory_gib) -> _WhichOneofReturnType__used_gpu_memory_gib | None: ...
 

@@ -55,6 +55,38 @@ PARALLELISM_TYPE_HYBRID: ParallelismType.ValueType  # 5
 """A combination."""
 Global___ParallelismType: _TypeAlias = ParallelismType  # noqa: Y015
 
+class _PlanGoal:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PlanGoalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PlanGoal.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PLAN_GOAL_UNSPECIFIED: _PlanGoal.ValueType  # 0
+    """Not set: GOODPUT_PER_USD."""
+    PLAN_GOAL_GOODPUT_PER_USD: _PlanGoal.ValueType  # 1
+    """Most requests within the objectives for the money."""
+    PLAN_GOAL_LOWEST_TTFT: _PlanGoal.ValueType  # 2
+    """Soonest first token that carries the traffic."""
+    PLAN_GOAL_CHEAPEST: _PlanGoal.ValueType  # 3
+    """Fewest dollars per hour that carries the traffic within the objectives."""
+    PLAN_GOAL_HIGHEST_THROUGHPUT: _PlanGoal.ValueType  # 4
+    """Most tokens per second, objectives aside."""
+
+class PlanGoal(_PlanGoal, metaclass=_PlanGoalEnumTypeWrapper):
+    """PlanGoal is what the best plan is best at."""
+
+PLAN_GOAL_UNSPECIFIED: PlanGoal.ValueType  # 0
+"""Not set: GOODPUT_PER_USD."""
+PLAN_GOAL_GOODPUT_PER_USD: PlanGoal.ValueType  # 1
+"""Most requests within the objectives for the money."""
+PLAN_GOAL_LOWEST_TTFT: PlanGoal.ValueType  # 2
+"""Soonest first token that carries the traffic."""
+PLAN_GOAL_CHEAPEST: PlanGoal.ValueType  # 3
+"""Fewest dollars per hour that carries the traffic within the objectives."""
+PLAN_GOAL_HIGHEST_THROUGHPUT: PlanGoal.ValueType  # 4
+"""Most tokens per second, objectives aside."""
+Global___PlanGoal: _TypeAlias = PlanGoal  # noqa: Y015
+
 @_typing.final
 class ParallelSizes(_message.Message):
     """ParallelSizes is how an engine is spread over GPUs. The product of tensor,
@@ -163,6 +195,13 @@ class GpuPool(_message.Message):
     GPUS_PER_NODE_COUNT_FIELD_NUMBER: _builtins.int
     NODE_COUNT_FIELD_NUMBER: _builtins.int
     USD_PER_GPU_HOUR_FIELD_NUMBER: _builtins.int
+    MEMORY_GIB_FIELD_NUMBER: _builtins.int
+    MEMORY_GB_PER_S_FIELD_NUMBER: _builtins.int
+    DENSE_TFLOPS_FIELD_NUMBER: _builtins.int
+    EIGHT_BIT_TFLOPS_FIELD_NUMBER: _builtins.int
+    LINK_GB_PER_S_FIELD_NUMBER: _builtins.int
+    FAST_LINK_GPU_COUNT_FIELD_NUMBER: _builtins.int
+    NODE_LINK_GB_PER_S_FIELD_NUMBER: _builtins.int
     gpu_name: _builtins.str
     """Name of the GPU, for example "H100-80GB"."""
     gpus_per_node_count: _builtins.int
@@ -170,7 +209,23 @@ class GpuPool(_message.Message):
     node_count: _builtins.int
     """Nodes."""
     usd_per_gpu_hour: _builtins.float
-    """Price of one GPU for an hour, in US dollars. 0: unknown."""
+    """Price of one GPU for an hour, in US dollars. 0: the server's configuration, or the usual
+    one of its kind.
+    """
+    memory_gib: _builtins.float
+    """Memory of one GPU, GiB. Absent: from the table of GPUs, as are the next ones."""
+    memory_gb_per_s: _builtins.float
+    """Memory bandwidth, 10^9 bytes per second."""
+    dense_tflops: _builtins.float
+    """Dense 16-bit matrix products, 10^12 operations per second."""
+    eight_bit_tflops: _builtins.float
+    """Dense 8-bit matrix products, likewise."""
+    link_gb_per_s: _builtins.float
+    """To other GPUs of the node, both directions together, 10^9 bytes per second."""
+    fast_link_gpu_count: _builtins.int
+    """GPUs of a node that reach each other over the fast link."""
+    node_link_gb_per_s: _builtins.float
+    """Between nodes, per GPU and direction, 10^9 bytes per second. Absent: 50."""
     def __init__(
         self,
         *,
@@ -178,14 +233,82 @@ class GpuPool(_message.Message):
         gpus_per_node_count: _builtins.int = ...,
         node_count: _builtins.int = ...,
         usd_per_gpu_hour: _builtins.float = ...,
+        memory_gib: _builtins.float | None = ...,
+        memory_gb_per_s: _builtins.float | None = ...,
+        dense_tflops: _builtins.float | None = ...,
+        eight_bit_tflops: _builtins.float | None = ...,
+        link_gb_per_s: _builtins.float | None = ...,
+        fast_link_gpu_count: _builtins.int | None = ...,
+        node_link_gb_per_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_tflops", b"_dense_tflops", "_eight_bit_tflops", b"_eight_bit_tflops", "_fast_link_gpu_count", b"_fast_link_gpu_count", "_link_gb_per_s", b"_link_gb_per_s", "_memory_gb_per_s", b"_memory_gb_per_s", "_memory_gib", b"_memory_gib", "_node_link_gb_per_s", b"_node_link_gb_per_s", "dense_tflops", b"dense_tflops", "eight_bit_tflops", b"eight_bit_tflops", "fast_link_gpu_count", b"fast_link_gpu_count", "link_gb_per_s", b"link_gb_per_s", "memory_gb_per_s", b"memory_gb_per_s", "memory_gib", b"memory_gib", "node_link_gb_per_s", b"node_link_gb_per_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_tflops", b"_dense_tflops", "_eight_bit_tflops", b"_eight_bit_tflops", "_fast_link_gpu_count", b"_fast_link_gpu_count", "_link_gb_per_s", b"_link_gb_per_s", "_memory_gb_per_s", b"_memory_gb_per_s", "_memory_gib", b"_memory_gib", "_node_link_gb_per_s", b"_node_link_gb_per_s", "dense_tflops", b"dense_tflops", "eight_bit_tflops", b"eight_bit_tflops", "fast_link_gpu_count", b"fast_link_gpu_count", "gpu_name", b"gpu_name", "gpus_per_node_count", b"gpus_per_node_count", "link_gb_per_s", b"link_gb_per_s", "memory_gb_per_s", b"memory_gb_per_s", "memory_gib", b"memory_gib", "node_count", b"node_count", "node_link_gb_per_s", b"node_link_gb_per_s", "usd_per_gpu_hour", b"usd_per_gpu_hour"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dense_tflops: _TypeAlias = _typing.Literal["dense_tflops"]  # noqa: Y015
+    _WhichOneofArgType__dense_tflops: _TypeAlias = _typing.Literal["_dense_tflops", b"_dense_tflops"]  # noqa: Y015
+    _WhichOneofReturnType__eight_bit_tflops: _TypeAlias = _typing.Literal["eight_bit_tflops"]  # noqa: Y015
+    _WhichOneofArgType__eight_bit_tflops: _TypeAlias = _typing.Literal["_eight_bit_tflops", b"_eight_bit_tflops"]  # noqa: Y015
+    _WhichOneofReturnType__fast_link_gpu_count: _TypeAlias = _typing.Literal["fast_link_gpu_count"]  # noqa: Y015
+    _WhichOneofArgType__fast_link_gpu_count: _TypeAlias = _typing.Literal["_fast_link_gpu_count", b"_fast_link_gpu_count"]  # noqa: Y015
+    _WhichOneofReturnType__link_gb_per_s: _TypeAlias = _typing.Literal["link_gb_per_s"]  # noqa: Y015
+    _WhichOneofArgType__link_gb_per_s: _TypeAlias = _typing.Literal["_link_gb_per_s", b"_link_gb_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__memory_gb_per_s: _TypeAlias = _typing.Literal["memory_gb_per_s"]  # noqa: Y015
+    _WhichOneofArgType__memory_gb_per_s: _TypeAlias = _typing.Literal["_memory_gb_per_s", b"_memory_gb_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__memory_gib: _TypeAlias = _typing.Literal["memory_gib"]  # noqa: Y015
+    _WhichOneofArgType__memory_gib: _TypeAlias = _typing.Literal["_memory_gib", b"_memory_gib"]  # noqa: Y015
+    _WhichOneofReturnType__node_link_gb_per_s: _TypeAlias = _typing.Literal["node_link_gb_per_s"]  # noqa: Y015
+    _WhichOneofArgType__node_link_gb_per_s: _TypeAlias = _typing.Literal["_node_link_gb_per_s", b"_node_link_gb_per_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dense_tflops) -> _WhichOneofReturnType__dense_tflops | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eight_bit_tflops) -> _WhichOneofReturnType__eight_bit_tflops | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fast_link_gpu_count) -> _WhichOneofReturnType__fast_link_gpu_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_gb_per_s) -> _WhichOneofReturnType__link_gb_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_gb_per_s) -> _WhichOneofReturnType__memory_gb_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_gib) -> _WhichOneofReturnType__memory_gib | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__node_link_gb_per_s) -> _WhichOneofReturnType__node_link_gb_per_s | None: ...
+
+Global___GpuPool: _TypeAlias = GpuPool  # noqa: Y015
+
+@_typing.final
+class LengthSample(_message.Message):
+    """LengthSample is one kind of request of a workload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    prompt_token_count: _builtins.int
+    """Tokens of its prompt, from 1."""
+    output_token_count: _builtins.int
+    """Tokens of its answer, from 1."""
+    cached_token_count: _builtins.int
+    """Leading tokens of the prompt that a prefix cache would have."""
+    weight: _builtins.float
+    """Its share, relative to the others'. 0: 1."""
+    def __init__(
+        self,
+        *,
+        prompt_token_count: _builtins.int = ...,
+        output_token_count: _builtins.int = ...,
+        cached_token_count: _builtins.int = ...,
+        weight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_name", b"gpu_name", "gpus_per_node_count", b"gpus_per_node_count", "node_count", b"node_count", "usd_per_gpu_hour", b"usd_per_gpu_hour"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_token_count", b"cached_token_count", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GpuPool: _TypeAlias = GpuPool  # noqa: Y015
+Global___LengthSample: _TypeAlias = LengthSample  # noqa: Y015
 
 @_typing.final
 class Workload(_message.Message):
@@ -197,14 +320,24 @@ class Workload(_message.Message):
     MEAN_PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     MEAN_OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    ARRIVAL_VARIATION_FIELD_NUMBER: _builtins.int
     request_rate: _builtins.float
-    """Requests per second."""
+    """Requests per second. 0: as many as can be."""
     mean_prompt_token_count: _builtins.float
-    """Mean prompt tokens."""
+    """Mean prompt tokens. Used when `samples` is empty."""
     mean_output_token_count: _builtins.float
-    """Mean output tokens."""
+    """Mean output tokens. Used when `samples` is empty."""
     max_context_token_count: _builtins.int
-    """Longest context, in tokens."""
+    """Longest context, in tokens. 0: what the model was made for."""
+    arrival_variation: _builtins.float
+    """Standard deviation of the time between requests, relative to its mean: 1 at random,
+    above in bursts. Absent: 1.
+    """
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthSample]:
+        """What requests look like, at most 4,096 kinds."""
+
     def __init__(
         self,
         *,
@@ -212,14 +345,192 @@ class Workload(_message.Message):
         mean_prompt_token_count: _builtins.float = ...,
         mean_output_token_count: _builtins.float = ...,
         max_context_token_count: _builtins.int = ...,
+        samples: _abc.Iterable[Global___LengthSample] | None = ...,
+        arrival_variation: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_arrival_variation", b"_arrival_variation", "arrival_variation", b"arrival_variation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_arrival_variation", b"_arrival_variation", "arrival_variation", b"arrival_variation", "max_context_token_count", b"max_context_token_count", "mean_output_token_count", b"mean_output_token_count", "mean_prompt_token_count", b"mean_prompt_token_count", "request_rate", b"request_rate", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__arrival_variation: _TypeAlias = _typing.Literal["arrival_variation"]  # noqa: Y015
+    _WhichOneofArgType__arrival_variation: _TypeAlias = _typing.Literal["_arrival_variation", b"_arrival_variation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__arrival_variation) -> _WhichOneofReturnType__arrival_variation | None: ...
+
+Global___Workload: _TypeAlias = Workload  # noqa: Y015
+
+@_typing.final
+class PlanEngineOptions(_message.Message):
+    """PlanEngineOptions are settings of the engine that memory and speed depend on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_MEMORY_UTILIZATION_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    KEY_VALUE_CACHE_TYPE_FIELD_NUMBER: _builtins.int
+    ENFORCE_EAGER_FIELD_NUMBER: _builtins.int
+    gpu_memory_utilization: _builtins.float
+    """Share of each GPU's memory that the engine takes, above 0 to 1. Absent: 0.9."""
+    max_batch_token_count: _builtins.int
+    """Most tokens of one step. 0: 8,192."""
+    max_running_request_count: _builtins.int
+    """Most requests of one batch. 0: 256."""
+    key_value_cache_type: _builtins.str
+    """Type of the KV cache: "auto" or "fp8". Empty: "auto"."""
+    enforce_eager: _builtins.bool
+    """Whether decode steps are not captured as CUDA graphs."""
+    def __init__(
+        self,
+        *,
+        gpu_memory_utilization: _builtins.float | None = ...,
+        max_batch_token_count: _builtins.int = ...,
+        max_running_request_count: _builtins.int = ...,
+        key_value_cache_type: _builtins.str = ...,
+        enforce_eager: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_memory_utilization", b"_gpu_memory_utilization", "gpu_memory_utilization", b"gpu_memory_utilization"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_memory_utilization", b"_gpu_memory_utilization", "enforce_eager", b"enforce_eager", "gpu_memory_utilization", b"gpu_memory_utilization", "key_value_cache_type", b"key_value_cache_type", "max_batch_token_count", b"max_batch_token_count", "max_running_request_count", b"max_running_request_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__gpu_memory_utilization: _TypeAlias = _typing.Literal["gpu_memory_utilization"]  # noqa: Y015
+    _WhichOneofArgType__gpu_memory_utilization: _TypeAlias = _typing.Literal["_gpu_memory_utilization", b"_gpu_memory_utilization"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu_memory_utilization) -> _WhichOneofReturnType__gpu_memory_utilization | None: ...
+
+Global___PlanEngineOptions: _TypeAlias = PlanEngineOptions  # noqa: Y015
+
+@_typing.final
+class PlanMemory(_message.Message):
+    """PlanMemory is the memory of the fullest GPU of a plan, in bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
+    CUDA_GRAPH_BYTES_FIELD_NUMBER: _builtins.int
+    RUNTIME_BYTES_FIELD_NUMBER: _builtins.int
+    KEY_VALUE_BYTES_FIELD_NUMBER: _builtins.int
+    KEY_VALUE_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    total_bytes: _builtins.int
+    """What the engine may take."""
+    weight_bytes: _builtins.int
+    """Weights."""
+    activation_bytes: _builtins.int
+    """Most that a step holds beside them."""
+    cuda_graph_bytes: _builtins.int
+    """Captured CUDA graphs."""
+    runtime_bytes: _builtins.int
+    """CUDA, NCCL and the libraries."""
+    key_value_bytes: _builtins.int
+    """What is left for the KV cache."""
+    key_value_bytes_per_token: _builtins.float
+    """KV cache of one token."""
+    def __init__(
+        self,
+        *,
+        total_bytes: _builtins.int = ...,
+        weight_bytes: _builtins.int = ...,
+        activation_bytes: _builtins.int = ...,
+        cuda_graph_bytes: _builtins.int = ...,
+        runtime_bytes: _builtins.int = ...,
+        key_value_bytes: _builtins.int = ...,
+        key_value_bytes_per_token: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_token_count", b"max_context_token_count", "mean_output_token_count", b"mean_output_token_count", "mean_prompt_token_count", b"mean_prompt_token_count", "request_rate", b"request_rate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "cuda_graph_bytes", b"cuda_graph_bytes", "key_value_bytes", b"key_value_bytes", "key_value_bytes_per_token", b"key_value_bytes_per_token", "runtime_bytes", b"runtime_bytes", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Workload: _TypeAlias = Workload  # noqa: Y015
+Global___PlanMemory: _TypeAlias = PlanMemory  # noqa: Y015
+
+@_typing.final
+class ModelSummary(_message.Message):
+    """ModelSummary is what the planner took the model for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
+    ACTIVE_PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    KEY_VALUE_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FORMAT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    architecture: _builtins.str
+    """Class of the model. Empty: unknown."""
+    parameter_count: _builtins.int
+    """All parameters."""
+    active_parameter_count: _builtins.int
+    """Parameters that compute one token."""
+    weight_bytes: _builtins.int
+    """Bytes of all weights."""
+    key_value_bytes_per_token: _builtins.float
+    """KV cache of one token over all layers, bytes, when nothing is replicated."""
+    max_context_token_count: _builtins.int
+    """Longest context it was made for."""
+    weight_format: _builtins.str
+    """How the linear layers are stored: "bfloat16", "fp8", "int4", ..."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        architecture: _builtins.str = ...,
+        parameter_count: _builtins.int = ...,
+        active_parameter_count: _builtins.int = ...,
+        weight_bytes: _builtins.int = ...,
+        key_value_bytes_per_token: _builtins.float = ...,
+        max_context_token_count: _builtins.int = ...,
+        weight_format: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_parameter_count", b"active_parameter_count", "architecture", b"architecture", "key_value_bytes_per_token", b"key_value_bytes_per_token", "max_context_token_count", b"max_context_token_count", "name", b"name", "parameter_count", b"parameter_count", "weight_bytes", b"weight_bytes", "weight_format", b"weight_format"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelSummary: _TypeAlias = ModelSummary  # noqa: Y015
+
+@_typing.final
+class RejectedPlan(_message.Message):
+    """RejectedPlan is a plan that cannot be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZES_FIELD_NUMBER: _builtins.int
+    REPLICA_COUNT_FIELD_NUMBER: _builtins.int
+    GPU_NAME_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    replica_count: _builtins.int
+    """Replicas."""
+    gpu_name: _builtins.str
+    """Kind of the GPUs."""
+    @_builtins.property
+    def sizes(self) -> Global___ParallelSizes:
+        """Sizes of each replica."""
+
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why, and what would make it possible."""
+
+    def __init__(
+        self,
+        *,
+        sizes: Global___ParallelSizes | None = ...,
+        replica_count: _builtins.int = ...,
+        gpu_name: _builtins.str = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sizes", b"sizes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_name", b"gpu_name", "reasons", b"reasons", "replica_count", b"replica_count", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RejectedPlan: _TypeAlias = RejectedPlan  # noqa: Y015
 
 @_typing.final
 class ParallelismPlan(_message.Message):
@@ -238,6 +549,19 @@ class ParallelismPlan(_message.Message):
     USD_PER_HOUR_FIELD_NUMBER: _builtins.int
     RATIONALE_FIELD_NUMBER: _builtins.int
     ENGINE_ARGUMENTS_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    SINGLE_TTFT_S_FIELD_NUMBER: _builtins.int
+    SINGLE_TPOT_S_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    USD_PER_MILLION_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    REQUEST_RATE_FIELD_NUMBER: _builtins.int
+    CONCURRENT_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
+    PARETO_OPTIMAL_FIELD_NUMBER: _builtins.int
+    CARRIES_LOAD_FIELD_NUMBER: _builtins.int
+    LIMITED_BY_FIELD_NUMBER: _builtins.int
+    GPU_NAME_FIELD_NUMBER: _builtins.int
+    IDLE_GPU_COUNT_FIELD_NUMBER: _builtins.int
+    COMMANDS_FIELD_NUMBER: _builtins.int
     type: Global___ParallelismType.ValueType
     """The kind of the plan."""
     replica_count: _builtins.int
@@ -247,22 +571,54 @@ class ParallelismPlan(_message.Message):
     key_value_token_capacity: _builtins.int
     """Tokens of KV cache per replica."""
     predicted_ttft_s: _builtins.float
-    """Predicted time to first token, seconds."""
+    """Predicted time to first token that the wanted share stays below at `request_rate`, seconds."""
     predicted_tpot_s: _builtins.float
-    """Predicted time per output token, seconds."""
+    """Predicted time per output token, likewise."""
     predicted_goodput: _builtins.float
     """Predicted requests per second within the objectives."""
     usd_per_hour: _builtins.float
     """Predicted cost, US dollars per hour. 0: unknown."""
     rationale: _builtins.str
     """Why this plan, in a sentence."""
+    single_ttft_s: _builtins.float
+    """Time to first token of a mean prompt on an idle replica, seconds."""
+    single_tpot_s: _builtins.float
+    """Time per output token of a single stream, seconds."""
+    output_tokens_per_second: _builtins.float
+    """Output tokens per second of all replicas when they are saturated."""
+    usd_per_million_output_tokens: _builtins.float
+    """Price of a million output tokens at the goodput, US dollars. 0: unknown, or none is good."""
+    request_rate: _builtins.float
+    """Requests per second that the predicted times are told at: the workload's, or the goodput."""
+    concurrent_request_count: _builtins.float
+    """Requests on one replica at a time at that rate."""
+    pareto_optimal: _builtins.bool
+    """Whether no other plan is better in time to first token, time per output token, throughput
+    and price at once.
+    """
+    carries_load: _builtins.bool
+    """Whether it carries the workload's rate within the objectives."""
+    limited_by: _builtins.str
+    """What bounds the goodput: "ttft", "tpot", "memory", "batch" or "compute"."""
+    gpu_name: _builtins.str
+    """Kind of the GPUs."""
+    idle_gpu_count: _builtins.int
+    """GPUs of the pool that it leaves idle."""
     @_builtins.property
     def sizes(self) -> Global___ParallelSizes:
         """Sizes of each replica."""
 
     @_builtins.property
     def engine_arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Arguments for `vllm serve`."""
+        """Arguments for `vllm serve`, of one replica."""
+
+    @_builtins.property
+    def memory(self) -> Global___PlanMemory:
+        """Memory of the fullest GPU."""
+
+    @_builtins.property
+    def commands(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Commands to start it with, one per process, in order; each says its node in a comment."""
 
     def __init__(
         self,
@@ -278,10 +634,23 @@ class ParallelismPlan(_message.Message):
         usd_per_hour: _builtins.float = ...,
         rationale: _builtins.str = ...,
         engine_arguments: _abc.Iterable[_builtins.str] | None = ...,
+        memory: Global___PlanMemory | None = ...,
+        single_ttft_s: _builtins.float = ...,
+        single_tpot_s: _builtins.float = ...,
+        output_tokens_per_second: _builtins.float = ...,
+        usd_per_million_output_tokens: _builtins.float = ...,
+        request_rate: _builtins.float = ...,
+        concurrent_request_count: _builtins.float = ...,
+        pareto_optimal: _builtins.bool = ...,
+        carries_load: _builtins.bool = ...,
+        limited_by: _builtins.str = ...,
+        gpu_name: _builtins.str = ...,
+        idle_gpu_count: _builtins.int = ...,
+        commands: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sizes", b"sizes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory", "sizes", b"sizes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_arguments", b"engine_arguments", "gpu_count", b"gpu_count", "key_value_token_capacity", b"key_value_token_capacity", "predicted_goodput", b"predicted_goodput", "predicted_tpot_s", b"predicted_tpot_s", "predicted_ttft_s", b"predicted_ttft_s", "rationale", b"rationale", "replica_count", b"replica_count", "sizes", b"sizes", "type", b"type", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["carries_load", b"carries_load", "commands", b"commands", "concurrent_request_count", b"concurrent_request_count", "engine_arguments", b"engine_arguments", "gpu_count", b"gpu_count", "gpu_name", b"gpu_name", "idle_gpu_count", b"idle_gpu_count", "key_value_token_capacity", b"key_value_token_capacity", "limited_by", b"limited_by", "memory", b"memory", "output_tokens_per_second", b"output_tokens_per_second", "pareto_optimal", b"pareto_optimal", "predicted_goodput", b"predicted_goodput", "predicted_tpot_s", b"predicted_tpot_s", "predicted_ttft_s", b"predicted_ttft_s", "rationale", b"rationale", "replica_count", b"replica_count", "request_rate", b"request_rate", "single_tpot_s", b"single_tpot_s", "single_ttft_s", b"single_ttft_s", "sizes", b"sizes", "type", b"type", "usd_per_hour", b"usd_per_hour", "usd_per_million_output_tokens", b"usd_per_million_output_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

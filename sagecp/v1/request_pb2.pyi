@@ -900,6 +900,46 @@ class Failure(_message.Message):
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
+class RequestCost(_message.Message):
+    """RequestCost is what a request costs, US dollars. Engine time is priced at what the instance's
+    GPUs cost per hour, shared with what ran beside it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREDICTED_P10_USD_FIELD_NUMBER: _builtins.int
+    PREDICTED_P50_USD_FIELD_NUMBER: _builtins.int
+    PREDICTED_P90_USD_FIELD_NUMBER: _builtins.int
+    ACTUAL_USD_FIELD_NUMBER: _builtins.int
+    predicted_p10_usd: _builtins.float
+    """Predicted when it was last placed, or while it waits on the cheapest instance: 10 %
+    quantile, over how long the answer may get.
+    """
+    predicted_p50_usd: _builtins.float
+    """Median."""
+    predicted_p90_usd: _builtins.float
+    """90 % quantile."""
+    actual_usd: _builtins.float
+    """What it cost so far, lost attempts included. Absent: no price is known."""
+    def __init__(
+        self,
+        *,
+        predicted_p10_usd: _builtins.float = ...,
+        predicted_p50_usd: _builtins.float = ...,
+        predicted_p90_usd: _builtins.float = ...,
+        actual_usd: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_actual_usd", b"_actual_usd", "actual_usd", b"actual_usd"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actual_usd", b"_actual_usd", "actual_usd", b"actual_usd", "predicted_p10_usd", b"predicted_p10_usd", "predicted_p50_usd", b"predicted_p50_usd", "predicted_p90_usd", b"predicted_p90_usd"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__actual_usd: _TypeAlias = _typing.Literal["actual_usd"]  # noqa: Y015
+    _WhichOneofArgType__actual_usd: _TypeAlias = _typing.Literal["_actual_usd", b"_actual_usd"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__actual_usd) -> _WhichOneofReturnType__actual_usd | None: ...
+
+Global___RequestCost: _TypeAlias = RequestCost  # noqa: Y015
+
+@_typing.final
 class Attempt(_message.Message):
     """Attempt is one execution of a request on an instance."""
 
@@ -988,6 +1028,7 @@ class Request(_message.Message):
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     DEADLINE_TIME_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request."""
     state: Global___RequestState.ValueType
@@ -1048,6 +1089,10 @@ class Request(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels of the request."""
 
+    @_builtins.property
+    def cost(self) -> Global___RequestCost:
+        """What it costs. Absent: no instance has a price."""
+
     def __init__(
         self,
         *,
@@ -1070,10 +1115,11 @@ class Request(_message.Message):
         queue_position: _builtins.int | None = ...,
         deadline_time: _timestamp_pb2.Timestamp | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        cost: Global___RequestCost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position", "create_time", b"create_time", "deadline_time", b"deadline_time", "dispatch_time", b"dispatch_time", "end_time", b"end_time", "failure", b"failure", "first_token_time", b"first_token_time", "queue_position", b"queue_position", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position", "cost", b"cost", "create_time", b"create_time", "deadline_time", b"deadline_time", "dispatch_time", b"dispatch_time", "end_time", b"end_time", "failure", b"failure", "first_token_time", b"first_token_time", "queue_position", b"queue_position", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position", "attempts", b"attempts", "create_time", b"create_time", "deadline_time", b"deadline_time", "dispatch_time", b"dispatch_time", "end_time", b"end_time", "failure", b"failure", "finish_reason", b"finish_reason", "first_token_time", b"first_token_time", "instance_id", b"instance_id", "labels", b"labels", "model", b"model", "priority", b"priority", "queue_position", b"queue_position", "request_id", b"request_id", "session_id", b"session_id", "state", b"state", "tenant_id", b"tenant_id", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position", "attempts", b"attempts", "cost", b"cost", "create_time", b"create_time", "deadline_time", b"deadline_time", "dispatch_time", b"dispatch_time", "end_time", b"end_time", "failure", b"failure", "finish_reason", b"finish_reason", "first_token_time", b"first_token_time", "instance_id", b"instance_id", "labels", b"labels", "model", b"model", "priority", b"priority", "queue_position", b"queue_position", "request_id", b"request_id", "session_id", b"session_id", "state", b"state", "tenant_id", b"tenant_id", "usage", b"usage", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__queue_position: _TypeAlias = _typing.Literal["queue_position"]  # noqa: Y015
     _WhichOneofArgType__queue_position: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position"]  # noqa: Y015

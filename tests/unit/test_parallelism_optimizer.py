@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sagecp.core.errors import InvalidRequestError
-from sagecp.core.parallelism.optimizer import ParallelismConfig, ParallelismOptimizer
+from sagecp.core.parallelism.optimizer import ParallelismOptimizer
+from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.types import ParallelismType
 from tests.support.core_world import make_instance, make_metadata
 

@@ -6,33 +6,12 @@ memory and cost model takes their place when the planner grows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from sagecp.core.errors import FieldViolation, InvalidRequestError
+from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.types import ExecutionInstance, ParallelismType, RequestMetadata
 
 # GPUs that share a fast link in common servers (one NVLink domain).
 FAST_LINK_GPU_COUNT = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelismConfig:
-    """Sizes of a plan; tensor x pipeline x data equals the number of GPUs.
-
-    Attributes:
-        rationale: Why, in a sentence.
-    """
-
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    data_parallel_size: int = 1
-    expert_parallel_size: int = 1
-    rationale: str = ""
-
-    @property
-    def gpu_count(self) -> int:
-        """GPUs in use."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
 
 
 class ParallelismOptimizer:

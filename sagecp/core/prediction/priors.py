@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from sagecp.core.prediction.gpu_specifications import GpuSpecification, find_gpu
+from sagecp.core.gpu_specifications import GpuSpecification, find_gpu
 from sagecp.core.prediction.model_size import ModelSize, model_size_from_name, shape_of
 from sagecp.core.prediction.step_time import StepTimeParameters
 

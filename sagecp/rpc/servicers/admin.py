@@ -120,3 +120,9 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     ) -> pb.PlanParallelismResponse:
         """Say how to spread a model over GPUs. Not in this version."""
         raise NotImplementedYetError("PlanParallelism is not implemented by this version")
+
+    async def ForecastLoad(
+        self, request: pb.ForecastLoadRequest, context: Context
+    ) -> pb.ForecastLoadResponse:
+        """Say what the next hours will probably bring. Not in this version."""
+        raise NotImplementedYetError("ForecastLoad is not implemented by this version")
