@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagecp.core.prediction import priors
 from sagecp.core.gpu_specifications import find_gpu
+from sagecp.core.prediction import priors
 from sagecp.core.prediction.model_size import model_size_from_name, shape_of
 from sagecp.core.prediction.priors import prior_for
 from sagecp.core.prediction.step_time import StepTimeParameters
