@@ -57,6 +57,7 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
         "status": Entry("sagecp.cli.status:status", "Show the state of the control plane."),
         "policy": Entry("sagecp.cli.policy:policy", "Show and change how requests are ordered and placed."),
         "metrics": Entry("sagecp.cli.metrics:metrics", "Show latencies, throughput and objectives."),
+        "forecast": Entry("sagecp.cli.forecast:forecast", "Say what load and cost the next hours bring."),
         "check": Entry("sagecp.cli.check:check", "A line and an exit code for monitoring systems."),
         "journal": Entry(
             "sagecp.cli.journal:journal", "Check or salvage a stopped server's journal.", "server"
@@ -72,6 +73,9 @@ SECTIONS: Mapping[str, Mapping[str, Entry]] = {
         ),
         "simulate": Entry(
             "sagecp.cli.simulate.command:simulate", "Try a policy on a trace, on a virtual clock.", "sim"
+        ),
+        "plan": Entry(
+            "sagecp.cli.plan.command:plan", "Say how to spread a model over GPUs, and what that costs."
         ),
         "dev": Entry("sagecp.cli.dev.command:dev", "Run all of it on this machine, to try things.", "all"),
         "demo": Entry("sagecp.cli.demo.command:demo", "Replay a real trace and report the latencies.", "all"),

@@ -564,6 +564,31 @@ class SageClient:
         )
         return watch_events(self.connection, query)
 
+    async def plan_parallelism(
+        self, request: admin_service_pb2.PlanParallelismRequest
+    ) -> admin_service_pb2.PlanParallelismResponse:
+        """Ask how to spread a model over GPUs; question and answer are the contract's own messages.
+
+        Raises:
+            InvalidArgumentError: Names every bad field.
+            OverloadedError: Too many are asking; says when to ask again.
+        """
+        return await self.connection.unary(self.connection.admin.PlanParallelism, request)
+
+    async def forecast_load(
+        self, model: str = "", tenant_id: str = "", horizon_s: float = 3600.0
+    ) -> admin_service_pb2.ForecastLoadResponse:
+        """Ask what load and cost the next hours will probably bring; empty names: of all.
+
+        Raises:
+            InvalidArgumentError: The horizon is out of range, or nothing was ever counted of the
+                model or tenant; names those that are known.
+        """
+        request = admin_service_pb2.ForecastLoadRequest(
+            model=model, tenant_id=tenant_id, horizon=_given_duration("horizon", horizon_s)
+        )
+        return await self.connection.unary(self.connection.admin.ForecastLoad, request)
+
     async def get_status(self) -> ControlPlaneStatus:
         """Return the state of the control plane."""
         response = await self.connection.unary(

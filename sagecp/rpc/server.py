@@ -29,7 +29,7 @@ from sagecp.rpc.servicers.inference import InferenceServicer
 from sagecp.rpc.telemetry.exporter import MetricsExporter
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.runtime.policy_evaluation import PolicyEvaluator
-from sagecp.runtime.store.open_store import make_store
+from sagecp.runtime.store.open_store import make_load_file, make_store
 from sagecp.runtime.tracing.base import RequestTracer
 from sagecp.v1 import (
     admin_service_pb2,
@@ -108,6 +108,7 @@ class ControlPlaneServer:
             engine=config.engine,
             policy_evaluator=policy_evaluator,
             store=make_store(config.journal, split_address(config.listen)[1]),
+            load_file=make_load_file(config.journal, split_address(config.listen)[1]),
             tracer=self._make_tracer(config.tracing),
         )
         self.exporter = MetricsExporter(self.manager)

@@ -27,6 +27,8 @@ from sagecp.runtime.executor import ExecutionCoordinator
 from sagecp.runtime.health import EngineProber, HealthLoop
 from sagecp.runtime.journal import Journal
 from sagecp.runtime.lease_tokens import LeaseTokens
+from sagecp.runtime.load_file import LoadFile
+from sagecp.runtime.load_recorder import LoadRecorder
 from sagecp.runtime.loop_runs import LoopRuns
 from sagecp.runtime.monitor import EndedSample, Monitor, objectives_met
 from sagecp.runtime.monitor_keys import MetricsKey
@@ -74,6 +76,7 @@ class ControlLoop:
             done about it: a recorder, for example. It must not raise.
         store: Keeps durable requests; ``None``: none is durable.
         tracer: Makes traces of requests; ``None``: nobody does.
+        load_file: Keeps the history of load over restarts; ``None``: it begins anew.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class ControlLoop:
         on_event: EventListener | None = None,
         store: Store | None = None,
         tracer: RequestTracer | None = None,
+        load_file: LoadFile | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.coordinator = coordinator
@@ -95,7 +99,8 @@ class ControlLoop:
         self.clock = clock
         # Wall time is read once: later steps of the system clock move nothing.
         self.wall_offset_s = time.time() - clock()
-        self.events = EventLog(lambda: clock() + self.wall_offset_s)
+        self.events = EventLog(self.wall_clock)
+        self.load = LoadRecorder(self.wall_clock, load_file)
         self.reporter = EventReporter(self.events)
         self.lease_tokens = LeaseTokens()
         self._scheduling_runs = LoopRuns("scheduling", config.scheduling_interval_s)
@@ -129,6 +134,10 @@ class ControlLoop:
         self._loops: list[asyncio.Task[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
+
+    def wall_clock(self) -> float:
+        """Return Unix seconds, as far as the core's clock went."""
+        return self.clock() + self.wall_offset_s
 
     @property
     def running(self) -> bool:
@@ -221,6 +230,8 @@ class ControlLoop:
         await self._prober.stop()
         await self._evaluations.stop()
         await self._attempts.stop()
+        if tasks:
+            await self.load.stop()
         if self.journal is not None:
             await self.journal.store.close()
         if self._tracer is not None:
@@ -352,6 +363,7 @@ class ControlLoop:
         self.requests.add(handle)
         if self.request_observer is not None:
             self.request_observer.accepted(record)
+        self.load.note_arrival(record)
         if durable and self.journal is not None:
             handle.durable = True
             accepted = handle.accepted = Acceptance()
@@ -433,6 +445,7 @@ class ControlLoop:
             slo_met=objectives_met(metadata, state, latency_s, ttft_s, tpot_s),
         )
         self.monitor.record(sample)
+        self.load.note_end(record.model, metadata.tenant_id, token_count, None)
         if self.request_observer is not None:
             self.request_observer.ended(handle, sample)
 
@@ -510,6 +523,7 @@ class ControlLoop:
                 self.requests.drop_old(now)
                 self._look_at_journal()
                 self.reporter.advance(now)
+                self.load.advance()
                 if now - self._drift_look_s >= DRIFT_INTERVAL_S:
                     self._drift_look_s = now
                     self.reporter.look_at_predictions(self.scheduler.book.accuracy.summary())

@@ -47,6 +47,8 @@ from sagecp.runtime.event_log import EventLog
 from sagecp.runtime.executor import ClientFactory, ExecutionCoordinator
 from sagecp.runtime.fleet_metrics import fleet_metrics, gpus_by_instance
 from sagecp.runtime.heartbeat_counts import BAD_FIGURE, HeartbeatCounts
+from sagecp.runtime.load_file import LoadFile
+from sagecp.runtime.load_recorder import ForecastAnswer
 from sagecp.runtime.metrics_table import MetricsTable
 from sagecp.runtime.monitor import DEFAULT_WINDOW_S, Monitor
 from sagecp.runtime.monitor_keys import EVERYTHING, MetricsDimension, MetricsKey
@@ -92,6 +94,7 @@ class ControlPlaneManager:
         on_event: Told every event of the core with its answer, for event logs.
         store: Keeps durable requests over restarts; ``None``: none is durable.
         tracer: Makes traces of requests; ``None``: nobody does.
+        load_file: Keeps the history of load over restarts; ``None``: it begins anew.
 
     Raises:
         UnknownNameError: A name is not known; lists those that are.
@@ -114,6 +117,7 @@ class ControlPlaneManager:
         on_event: EventListener | None = None,
         store: Store | None = None,
         tracer: RequestTracer | None = None,
+        load_file: LoadFile | None = None,
     ) -> None:
         base = scheduler or SchedulerConfig()
         self.runtime_config = runtime or RuntimeConfig()
@@ -137,6 +141,7 @@ class ControlPlaneManager:
             on_event,
             store,
             tracer,
+            load_file,
         )
         self._store = store
         self._draining_cut_s: float | None = None
@@ -156,6 +161,7 @@ class ControlPlaneManager:
         """
         if not self._loop.running:
             await self._loop.open_journal()
+            await self._loop.load.start()
             self._accepting = True
             self._loop.start(monitoring=self._enable_monitoring)
             self._loop.reporter.control_plane(f"the control plane started, version {__version__}")
@@ -658,6 +664,16 @@ class ControlPlaneManager:
         gpus = gpus_by_instance(self.scheduler, match)
         overall = fleet_metrics(*asked, None, gpus)
         return overall, None if dimension is None else fleet_metrics(*asked, dimension, gpus)
+
+    async def forecast_load(
+        self, horizon_s: float = 3600.0, model: str = "", tenant_id: str = ""
+    ) -> ForecastAnswer:
+        """Forecast the load and cost of the next hours; empty names: of all models and tenants.
+
+        Raises:
+            InvalidRequestError: Nothing was ever counted of the model or the tenant.
+        """
+        return await self._loop.load.forecast(model, tenant_id, horizon_s)
 
     def now(self) -> float:
         """Return the time on the core's clock."""

@@ -14,6 +14,7 @@ from sagecp.core.router.registry import LOAD_BALANCERS, ROUTING_STRATEGIES
 from sagecp.core.settings import SchedulingSettings
 from sagecp.rpc.convert.admin import status_to_proto
 from sagecp.rpc.convert.events import event_page_from_proto, filter_from_proto
+from sagecp.rpc.convert.forecast import forecast_query_from_proto, forecast_to_proto
 from sagecp.rpc.convert.metrics import query_from_proto, watch_from_proto
 from sagecp.rpc.convert.scheduling import change_from_proto, parameters_to_proto, settings_to_proto
 from sagecp.rpc.servicers.metrics import MetricsSnapshots
@@ -124,5 +125,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     async def ForecastLoad(
         self, request: pb.ForecastLoadRequest, context: Context
     ) -> pb.ForecastLoadResponse:
-        """Say what the next hours will probably bring. Not in this version."""
-        raise NotImplementedYetError("ForecastLoad is not implemented by this version")
+        """Say what load and what cost the next hours will probably bring."""
+        query = forecast_query_from_proto(request)
+        answer = await self._manager.forecast_load(query.horizon_s, query.model, query.tenant_id)
+        return forecast_to_proto(answer, query.horizon_s)

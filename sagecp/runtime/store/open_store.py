@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sagecp.config import JournalConfig
+from sagecp.runtime.load_file import LoadFile
 from sagecp.runtime.store.base import Store
 
 
@@ -22,6 +23,13 @@ def journal_path(config: JournalConfig, port: int, environment: Mapping[str, str
     # The base directory specification tells to ignore one that is not absolute.
     folder = Path(state) if state.startswith("/") else Path("~/.local/state").expanduser()
     return folder / "sagecp" / f"journal-{port}.db"
+
+
+def make_load_file(config: JournalConfig, port: int) -> LoadFile | None:
+    """Return where the history of load is kept: beside the journal; ``None`` without one."""
+    if not config.enabled or (port == 0 and not config.path):
+        return None
+    return LoadFile(journal_path(config, port).with_suffix(".load.jsonl"))
 
 
 def make_store(config: JournalConfig, port: int) -> Store | None:
