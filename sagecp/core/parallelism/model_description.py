@@ -113,6 +113,9 @@ class ModelDescription:
         sliding_window_token_count: Window of the layers that look back only so far; ``None``: no such layers.
         sliding_layer_count: Number of those layers.
         weight_format: How the linear layers are stored.
+        weight_group_size: Weights along a layer's input that share a scale, which a split must not
+            cut: 128 for most AWQ and GPTQ and for fp8 in blocks. 0: whole channels or tensors
+            share one; ``None``: as usual for the format.
         unquantized_names: Parts that stay in 16 bits although the rest is quantized, in words of
             ``attention``, ``experts``, ``dense``, ``shared``; embeddings, head and norms always do.
         parameter_count: All parameters where they are stated and better known than from the
@@ -137,6 +140,7 @@ class ModelDescription:
     sliding_window_token_count: int | None = None
     sliding_layer_count: int = 0
     weight_format: WeightFormat = WeightFormat.BFLOAT16
+    weight_group_size: int | None = None
     unquantized_names: frozenset[str] = frozenset()
     parameter_count: int | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sagecp.core.types import ParallelismType
+from sagecp.core.types import ExecutionInstance, ParallelismType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,3 +85,13 @@ class ParallelismConfig:
             parts.append(f"EP{self.expert_parallel_size}")
         text = " ".join(parts)
         return f"{self.replica_count} x {text}" if self.replica_count > 1 else text
+
+
+def config_of(spec: ExecutionInstance) -> ParallelismConfig:
+    """Return the sizes of an instance as those of a plan with one replica."""
+    return ParallelismConfig(
+        tensor_parallel_size=max(1, spec.tensor_parallel_size),
+        pipeline_parallel_size=max(1, spec.pipeline_parallel_size),
+        data_parallel_size=max(1, spec.data_parallel_size),
+        expert_parallel_size=max(1, spec.expert_parallel_size),
+    )
