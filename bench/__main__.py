@@ -24,6 +24,7 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
     "scrape": ([], ["--instances", "100", "--queued", "1000", "--rounds", "2"]),
     "tracing": ([], ["--requests", "500", "--rounds", "2"]),
     "kv_events": ([], ["--blocks", "20000", "--rounds", "2"]),
+    "plan_memory": ([], []),
     "heartbeats": ([], ["--agents", "100", "--seconds", "3"]),
 }
 

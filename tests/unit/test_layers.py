@@ -60,7 +60,7 @@ EAGER_IN_PACKAGE = {"version"}
 CORE_LIBRARY = {
     "__future__", "abc", "array", "bisect", "collections", "contextlib", "copy", "dataclasses", "difflib",
     "enum", "functools", "hashlib", "heapq", "ipaddress", "itertools", "json", "math", "numbers", "numpy",
-    "operator", "random", "re", "statistics", "string", "types", "typing",
+    "operator", "random", "re", "shlex", "statistics", "string", "types", "typing",
 }  # fmt: skip
 # Calls that make a pure module depend on something outside its arguments.
 IMPURE_CALLS = {

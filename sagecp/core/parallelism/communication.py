@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sagecp.core.gpu_specifications import GpuSpecification
 from sagecp.core.parallelism.gpu_pool import GpuPool
 from sagecp.core.parallelism.model_description import ModelDescription
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
@@ -16,8 +17,10 @@ _ACTIVATION_BYTES = 2.0
 _LINK_EFFICIENCY = 0.34
 _NODE_LINK_EFFICIENCY = 0.7
 # A small message: custom all-reduce over NVLink, over PCIe, and between nodes.
-_FAST_MESSAGE_S, _SLOW_MESSAGE_S, _NODE_MESSAGE_S = 14 * _US, 30 * _US, 45 * _US
+_FAST_MESSAGE_S, _SLOW_MESSAGE_S, _NODE_MESSAGE_S = 11 * _US, 30 * _US, 45 * _US
 _ALL_REDUCES_PER_LAYER = 2
+# Ada's and Hopper's clocks are a third above Ampere's, and their hosts are younger.
+_QUICK_CAPABILITY, _SLOWNESS = 8.9, 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,11 @@ class Communication:
 
 
 NOTHING = Communication(0.0, 0.0)
+
+
+def small_kernel_slowness(gpu: GpuSpecification) -> float:
+    """Return how much longer kernels with little to do take than on an H100."""
+    return 1.0 if gpu.compute_capability >= _QUICK_CAPABILITY else _SLOWNESS
 
 
 def all_reduce(model: ModelDescription, pool: GpuPool, tensor_parallel_size: int) -> Communication:
@@ -85,7 +93,7 @@ def _link(pool: GpuPool, gpu_count: int) -> tuple[float, float]:
     if gpu_count > pool.gpus_per_node_count:
         return _NODE_MESSAGE_S, pool.node_link_gb_per_s * 1e9 * _NODE_LINK_EFFICIENCY
     if gpu_count <= gpu.fast_link_gpu_count:
-        return _FAST_MESSAGE_S, gpu.link_gb_per_s * 1e9 * _LINK_EFFICIENCY
+        return _FAST_MESSAGE_S * small_kernel_slowness(gpu), gpu.link_gb_per_s * 1e9 * _LINK_EFFICIENCY
     # Beyond the fast link they are joined over PCIe.
     pcie_gb_per_s = min(gpu.link_gb_per_s, _PCIE_GB_PER_S)
     return _SLOW_MESSAGE_S, pcie_gb_per_s * 1e9 * _LINK_EFFICIENCY

@@ -1,4 +1,4 @@
-"""Settings of vLLM that memory and speed depend on, with vLLM's own defaults."""
+"""Settings of vLLM that memory and speed depend on, with values that are usual for servers."""
 
 from __future__ import annotations
 

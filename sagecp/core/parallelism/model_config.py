@@ -13,7 +13,13 @@ from sagecp.core.parallelism.model_config_attention import (
     sliding_layers,
 )
 from sagecp.core.parallelism.model_config_experts import MODELS_WITH_WIDE_EXPERTS, expert_shape
-from sagecp.core.parallelism.model_config_fields import ROOT, ConfigFields, ModelConfigError, shown
+from sagecp.core.parallelism.model_config_fields import (
+    ROOT,
+    ConfigFields,
+    ModelConfigError,
+    printable,
+    shown,
+)
 from sagecp.core.parallelism.model_config_quantization import (
     refuse_unknown_quantization,
     stored_format,
@@ -166,8 +172,8 @@ def parse_model_config(
     if latent is not None:
         head_size = latent.plain_head_size + latent.rope_head_size
     model = ModelDescription(
-        name=called[:_MAX_NAME_LENGTH],
-        architecture=architectures[0][:_MAX_NAME_LENGTH],
+        name=printable(called[:_MAX_NAME_LENGTH]),
+        architecture=printable(architectures[0][:_MAX_NAME_LENGTH]),
         layer_count=layers,
         hidden_size=hidden,
         intermediate_size=dense_size,

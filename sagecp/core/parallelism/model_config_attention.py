@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -137,7 +136,7 @@ def _factor(fields: ConfigFields, name: str, scaling: Mapping[str, Any]) -> floa
     if factor is None or (isinstance(kind, str) and kind in _STRETCHED_ALREADY):
         return 1.0
     good = isinstance(factor, int | float) and not isinstance(factor, bool)
-    if not good or not math.isfinite(factor) or not 0.0 < factor <= _MAX_ROPE_FACTOR:
+    if not good or not 0.0 < factor <= _MAX_ROPE_FACTOR:
         fields.reject(
             f"{name}.factor", f"is {shown(factor)}; must be a number above 0, and at most 1,000,000"
         )

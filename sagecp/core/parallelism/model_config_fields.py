@@ -43,7 +43,7 @@ class ConfigFields:
 
     def reject(self, name: str, description: str) -> None:
         """Note what is wrong with a field."""
-        self.violations.append(FieldViolation(f"{self.path}.{name}", description))
+        self.violations.append(FieldViolation(printable(f"{self.path}.{name}"), printable(description)))
 
     def present(self, *names: str) -> str | None:
         """Return the first of the names that the object has a value for; ``null`` is none."""
@@ -161,6 +161,11 @@ class ConfigFields:
             self.reject(name, f"is {shown(value)}; must be a whole number of {least:,} to {most:,}")
             return None
         return value
+
+
+def printable(text: str) -> str:
+    """Return a text without the halves of characters that JSON can hold, but no encoding."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def shown(value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 
@@ -109,8 +108,8 @@ class _Patterns:
         if not pattern.startswith("re:"):
             # A glob may stop at a module: what is below it is meant, too.
             if pattern.count("*") <= _MAX_QUANTIFIER_COUNT:
-                self._expressions.append(re.compile(fnmatch.translate(pattern)))
-                self._expressions.append(re.compile(fnmatch.translate(f"{pattern}.*")))
+                glob = ".*".join(re.escape(piece) for piece in pattern.split("*"))
+                self._expressions.append(re.compile(rf"{glob}(\..*)?$"))
             return
         text = pattern.removeprefix("re:")
         quantifiers = sum(text.count(each) for each in "*+?")

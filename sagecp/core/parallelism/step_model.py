@@ -23,7 +23,7 @@ from functools import cached_property
 
 import numpy as np
 
-from sagecp.core.parallelism.communication import all_reduce, all_to_all, hand_over
+from sagecp.core.parallelism.communication import all_reduce, all_to_all, hand_over, small_kernel_slowness
 from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.gpu_pool import GpuPool
 from sagecp.core.parallelism.model_description import ModelDescription, WeightFormat
@@ -35,23 +35,35 @@ from sagecp.core.prediction.step_time import StepTimeParameters
 _MS, _US = 1e-3, 1e-6
 
 # Host time of a step that the GPU waits for: scheduling, sampling, launching a graph.
-_OVERHEAD_S, _TENSOR_OVERHEAD_S, _STAGE_OVERHEAD_S = 2.0 * _MS, 0.5 * _MS, 0.3 * _MS
-# Kernels of a layer, however small; each launched by itself without CUDA graphs; and routing to experts.
-_LAYER_S, _EAGER_LAYER_S, _EXPERT_LAYER_S = 22 * _US, 100 * _US, 25 * _US
+_OVERHEAD_S, _TENSOR_OVERHEAD_S, _STAGE_OVERHEAD_S = 1.5 * _MS, 0.4 * _MS, 0.3 * _MS
+# Kernels of a layer, however small, each launched by itself without CUDA graphs; those of routing to
+# experts; and those that MLA adds.
+_LAYER_S, _EAGER_LAYER_S, _EXPERT_LAYER_S, _LATENT_LAYER_S = 20 * _US, 100 * _US, 35 * _US, 100 * _US
+# Host time of each request of a batch of decodes; prefill hides it.
+_REQUEST_S = 10 * _US
 _MEMORY_SHARE, _COMPUTE_SHARE = 0.35, 0.55
 
-_READ_EFFICIENCY = {16: 0.86, 32: 0.86, 8: 0.8, 4: 0.75}
+_READ_EFFICIENCY = {16: 0.86, 32: 0.86, 8: 0.8, 4: 0.65}
 _FLOP_EFFICIENCY = {16: 0.65, 32: 0.65, 8: 0.55, 4: 0.45}
 # Weights that are widened before the product.
 _WIDENING_EFFICIENCY = 0.85
-_EXPERT_READ_EFFICIENCY, _EXPERT_FLOP_EFFICIENCY = 0.65, 0.45
-# The rank with the most tokens works so much longer than the mean, when whole experts are spread.
-_EXPERT_IMBALANCE = 1.25
+# Grouped products of experts: their share of the dense ones' rate if experts are wide, and the width,
+# after any split, that halves it.
+_EXPERT_READ_EFFICIENCY, _EXPERT_FLOP_SHARE, _EXPERT_HALF_WIDTH = 0.75, 0.75, 300
+# Kernels for experts in fewer bits gain less than those of dense layers do.
+_QUANTIZED_EXPERT_SHARE = 0.6
+# The rank with the most tokens works so much longer than the mean, when whole experts are spread; with it
+# expert parallelism is a little slower within a node than tensor parallelism, as it is measured to be.
+_EXPERT_IMBALANCE = 1.6
+# A batch with prefill keeps the other batches' stages waiting.
+_PIPELINE_BUBBLES = 1.3
 _CONTEXT_READ_EFFICIENCY = 0.8
 _ATTENTION_EFFICIENCY = 0.55
 _LATENT_EFFICIENCY = 0.5
 # FP8 products need an architecture from here on; INT8 ones from Turing on.
 _FP8_CAPABILITY = 8.9
+# Sizes of steps, and bases and slopes, that the formula of mixtures is fitted over.
+_FIT_POINT_COUNT, _FIT_GRID = 32, 20
 # Where the constants are told that depend on the length of contexts.
 _REFERENCE_CONTEXT_TOKEN_COUNT = 2048
 
@@ -94,44 +106,55 @@ class PlanStepTime:
         self._bytes_per_s = gpu.memory_gb_per_s * 1e9
         self._gpu = gpu
         experts = model.experts
-        layer_s = _LAYER_S + (0.0 if options.cuda_graphs else _EAGER_LAYER_S)
+        layers_s = model.layer_count * _LAYER_S
+        if model.latent_attention is not None:
+            layers_s += model.layer_count * _LATENT_LAYER_S
+        if experts is not None:
+            layers_s += experts.layer_count * _EXPERT_LAYER_S
+        layers_s *= small_kernel_slowness(gpu)
+        if not options.cuda_graphs:
+            layers_s += model.layer_count * _EAGER_LAYER_S
         communication = (
             all_reduce(model, pool, ranks) + hand_over(model, pool, config) + all_to_all(model, pool, config)
         )
-        self._fixed_s = (
-            model.layer_count * layer_s
-            + (experts.layer_count * _EXPERT_LAYER_S if experts else 0.0)
-            + communication.fixed_s
-        )
+        self._fixed_s = layers_s + communication.fixed_s
         self._overhead_s = (
             _OVERHEAD_S + (_TENSOR_OVERHEAD_S if ranks > 1 else 0.0) + (stages - 1) * _STAGE_OVERHEAD_S
         )
         body, head, expert = _parts(model, ranks)
         self._plain_read_s = sum(map(self._read_s, body)) + self._read_s(head)
         self._plain_flop_s = sum(map(self._flop_s, body))
-        self._communication_per_token_s = communication.per_token_s
         # All experts of a rank, if each were read; and the products of one token's experts.
         self._expert_read_s = self._expert_flop_s = 0.0
         self._choice_share = 0.0
         self._copies = 1
         if experts is not None:
             self._choice_share = experts.active_expert_count / experts.expert_count
-            group = max(1, config.expert_parallel_size)
-            spread = group > 1
-            # Under tensor parallelism a rank has a slice of every expert, under expert
-            # parallelism the whole of some: as many bytes, but tokens of all copies come to them.
-            self._copies = group // ranks if spread else 1
-            per_layer = expert.parameters * experts.expert_count / (group if spread else ranks)
-            whole = _Part(per_layer * experts.layer_count, expert.format)
+            spread = config.expert_parallel_size > 1
+            # A rank has the whole of some experts or a slice of each: as many bytes. Copies share
+            # them either way, so that tokens of all copies come to them.
+            self._copies = config.data_parallel_size
+            per_rank = experts.layer_count / (ranks * self._copies)
+            whole = _Part(expert.parameters * experts.expert_count * per_rank, expert.format)
             self._expert_read_s = self._read_s(whole) * _READ_EFFICIENCY[16] / _EXPERT_READ_EFFICIENCY
+            # Of the copy's tokens a rank computes 1/ranks, or as much for the other copies.
             visited = _Part(
                 expert.parameters * experts.active_expert_count * experts.layer_count / ranks, expert.format
             )
+            width = experts.intermediate_size / (1 if spread else ranks * self._copies)
             self._expert_flop_s = (
                 self._flop_s(visited)
-                * (_FLOP_EFFICIENCY[16] / _EXPERT_FLOP_EFFICIENCY)
+                * (1.0 + _EXPERT_HALF_WIDTH / width)
+                / (
+                    _EXPERT_FLOP_SHARE
+                    * (1.0 if expert.format.bits_per_weight >= 16 else _QUANTIZED_EXPERT_SHARE)
+                )
                 * (_EXPERT_IMBALANCE if spread else 1.0)
             )
+        self._flop_per_token_s = self._plain_flop_s + self._expert_flop_s + communication.per_token_s
+        if stages > 1:
+            self._flop_per_token_s *= _PIPELINE_BUBBLES
+        self._memory_per_token_s = _REQUEST_S + _MEMORY_SHARE * self._flop_per_token_s
         self._context_s, self._pair_s = self._attention(ranks)
 
     def step_s(
@@ -147,12 +170,12 @@ class PlanStepTime:
         if token_count <= 0:
             return self._overhead_s
         read_s = self._plain_read_s + self._expert_read_s * self._touched_share(token_count)
-        flop_s = (self._plain_flop_s + self._expert_flop_s) * token_count
-        flop_s += self._communication_per_token_s * token_count
+        memory_s = read_s + self._memory_per_token_s * token_count
+        compute_s = _COMPUTE_SHARE * read_s + self._flop_per_token_s * token_count
         return (
             self._overhead_s
             + self._fixed_s
-            + max(read_s + _MEMORY_SHARE * flop_s, _COMPUTE_SHARE * read_s + flop_s)
+            + max(memory_s, compute_s)
             + self._context_s * decode_context_tokens
             + self._pair_s * token_pairs
         )
@@ -161,12 +184,9 @@ class PlanStepTime:
         """Return the durations of steps with so many tokens each, without attention, in seconds."""
         touched = 1.0 - (1.0 - self._choice_share) ** (token_counts * self._copies)
         read_s = self._plain_read_s + self._expert_read_s * touched
-        flop_s = (self._plain_flop_s + self._expert_flop_s + self._communication_per_token_s) * token_counts
-        return np.asarray(
-            self._overhead_s
-            + self._fixed_s
-            + np.maximum(read_s + _MEMORY_SHARE * flop_s, _COMPUTE_SHARE * read_s + flop_s)
-        )
+        memory_s = read_s + self._memory_per_token_s * token_counts
+        compute_s = _COMPUTE_SHARE * read_s + self._flop_per_token_s * token_counts
+        return np.asarray(self._overhead_s + self._fixed_s + np.maximum(memory_s, compute_s))
 
     @property
     def context_per_token_s(self) -> float:
@@ -182,31 +202,40 @@ class PlanStepTime:
     def parameters(self) -> StepTimeParameters:
         """The constants of the formula that the scheduler and the simulator use.
 
-        Exact for dense models. A mixture's reading bends with the number of tokens: its memory
-        arm is the line through one token and a full batch of decodes that errs least, its compute
-        arm has all experts in it.
+        Exact for dense models. A mixture's steps bend down as more and more experts are read,
+        which the formula cannot do: its compute arm has all experts in it and is exact where
+        that bounds, and its memory arm is the line that errs least over all sizes of steps.
         """
-        flop_s = self._plain_flop_s + self._expert_flop_s + self._communication_per_token_s
-        base_s, per_token_s = self._plain_read_s, 0.0
+        all_read_s = self._plain_read_s + self._expert_read_s
+        compute_base_s = self._fixed_s + _COMPUTE_SHARE * all_read_s
+        memory_base_s, memory_per_token_s = self._fixed_s + self._plain_read_s, self._memory_per_token_s
         if self._expert_read_s:
-            counts = np.geomspace(1, max(2, self._options.max_running_request_count), 24)
-            reads = self._plain_read_s + self._expert_read_s * np.array(
-                [self._touched_share(count) for count in counts]
-            )
-            # Relative errors count, so that a single stream is met as well as a full batch.
-            weights = 1.0 / (self._fixed_s + reads)
-            design = np.stack([weights, weights * counts], axis=1)
-            (base_s, per_token_s), *_ = np.linalg.lstsq(design, weights * reads, rcond=None)
-            base_s, per_token_s = max(0.0, float(base_s)), max(0.0, float(per_token_s))
+            memory_base_s, memory_per_token_s = self._memory_arm(compute_base_s)
         return StepTimeParameters(
             overhead_s=self._overhead_s,
-            memory_base_s=self._fixed_s + base_s,
-            memory_per_token_s=per_token_s + _MEMORY_SHARE * flop_s,
-            compute_base_s=self._fixed_s + _COMPUTE_SHARE * (self._plain_read_s + self._expert_read_s),
-            compute_per_token_s=flop_s,
+            memory_base_s=memory_base_s,
+            memory_per_token_s=memory_per_token_s,
+            compute_base_s=compute_base_s,
+            compute_per_token_s=self._flop_per_token_s,
             context_per_token_s=self._context_s,
             attention_per_token_pair_s=self._pair_s,
         )
+
+    def _memory_arm(self, compute_base_s: float) -> tuple[float, float]:
+        """Return base and slope of the memory arm that errs least, relative to each step's duration."""
+        largest = max(2, self._options.max_running_request_count, self._options.max_batch_token_count)
+        counts = np.geomspace(1.0, largest, _FIT_POINT_COUNT)
+        exact_s = self.linear_s(counts) - self._overhead_s
+        compute_s = compute_base_s + self._flop_per_token_s * counts
+        bases_s = np.geomspace(
+            exact_s[0], self._fixed_s + self._plain_read_s + self._expert_read_s, _FIT_GRID
+        )
+        steepest_s = (exact_s[1:] - exact_s[0]) / (counts[1:] - 1.0)
+        slopes_s = np.geomspace(self._memory_per_token_s, float(steepest_s.max()), _FIT_GRID)
+        memory_s = bases_s[:, None, None] + slopes_s[:, None] * counts
+        errors = (np.log(np.maximum(memory_s, compute_s) / exact_s) ** 2).sum(axis=-1)
+        base_index, slope_index = np.unravel_index(int(errors.argmin()), errors.shape)
+        return float(bases_s[base_index]), float(slopes_s[slope_index])
 
     def _touched_share(self, token_count: float) -> float:
         """Share of the experts that a step reads."""

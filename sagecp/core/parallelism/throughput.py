@@ -81,10 +81,11 @@ def throughput_at(
     """Return what one copy gives with so many requests that follow each other without a pause.
 
     In the steady state ``n`` requests decode, and ``n / output`` requests end in each step and
-    are replaced, whose prompts are computed in the same steps. So a step has
-    ``T = n (1 + prompt / output)`` tokens, at most the budget. ``n`` is what the budget, the
-    batch, the memory and the load allow. With several pipeline stages as many batches share
-    the memory and the requests, and each takes its turn.
+    are replaced. Their prompts are computed in a share of the steps, whole or as far as the
+    budget goes, beside the decodes; so a step has ``n (1 + prompt / output)`` tokens on average,
+    at most the budget. ``n`` is what the budget, the batch, the memory and the load allow. With
+    several pipeline stages as many batches share the memory and the requests, and each takes
+    its turn.
 
     Args:
         step_time: Of the copy.

@@ -8,6 +8,7 @@ judged both here and by vLLM's own code in the tests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -163,7 +164,7 @@ def doubts(model: ModelDescription, pool: GpuPool, config: ParallelismConfig) ->
         reasons.append(slow)
     experts = model.experts
     if experts and expert > 1 and experts.expert_count % expert:
-        fitting = [size for size in range(1, experts.expert_count + 1) if experts.expert_count % size == 0]
+        fitting = _divisors(experts.expert_count)
         reasons.append(
             f"{experts.expert_count} experts cannot be spread evenly over {expert} GPUs, and the fullest "
             f"holds up the others; expert parallel sizes that fit are {_listed(fitting)}"
@@ -288,11 +289,10 @@ def tensor_parallel_sizes(
             each expert's columns, too.
         expert_parallel: Whether whole experts are spread over the GPUs.
     """
-    heads = model.attention_head_count
     return tuple(
         size
-        for size in range(1, heads + 1)
-        if heads % size == 0 and not split_clashes(model, size, data_parallel_size, expert_parallel)
+        for size in _divisors(model.attention_head_count)
+        if not split_clashes(model, size, data_parallel_size, expert_parallel)
     )
 
 
@@ -332,6 +332,11 @@ def _sizes_hint(model: ModelDescription, data_parallel_size: int, expert_paralle
     if sizes:
         return f"only tensor parallel size 1 fits{copies}; use pipeline stages or replicas"
     return f"no tensor parallel size fits{copies}; use fewer copies and more replicas"
+
+
+def _divisors(number: int) -> list[int]:
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _listed(sizes: tuple[int, ...] | list[int]) -> str:

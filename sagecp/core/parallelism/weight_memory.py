@@ -46,9 +46,6 @@ def stage_weight_bytes(model: ModelDescription, config: ParallelismConfig, stage
         + counts.replicated_attention_per_layer
     )
     size = stage.layer_count * attention * _bytes(model, "attention")
-    if latent:
-        size += stage.layer_count * counts.key_value_per_layer * key_value_share * _ABSORBED_BYTES
-
     size += stage.dense_layer_count * counts.dense_layer / tensor * _bytes(model, "dense")
     size += stage.expert_layer_count * _expert_layer_bytes(model, tensor, data, config.expert_parallel_size)
     size += counts.norms * stage.layer_count / model.layer_count * plain
@@ -59,11 +56,13 @@ def stage_weight_bytes(model: ModelDescription, config: ParallelismConfig, stage
     # A tied head is the embedding itself, unless that is on another stage's GPUs.
     if stage.is_last and not (model.tied_embeddings and stage.is_first):
         size += table
-    rotary_size = latent.rope_head_size if latent else model.head_size
-    size += model.max_context_token_count * rotary_size * plain
-
     if model.parameter_count is not None:
         size *= model.parameter_count / counts.total
+
+    rotary_size = latent.rope_head_size if latent else model.head_size
+    size += model.max_context_token_count * rotary_size * plain
+    if latent:
+        size += stage.layer_count * counts.key_value_per_layer * key_value_share * _ABSORBED_BYTES
     return round(size)
 
 
@@ -73,9 +72,10 @@ def _expert_layer_bytes(model: ModelDescription, tensor: int, data: int, expert:
         return 0.0
     counts = count_parameters(model)
     spread = expert > 1
-    held = float(math.ceil(experts.expert_count / expert)) if spread else experts.expert_count / (tensor * data)
+    parts = 1 if spread else tensor * data
+    held = (math.ceil(experts.expert_count / expert) if spread else experts.expert_count) / parts
     if part_format(model, "experts") is WeightFormat.MXFP4:
-        held *= _mxfp4_padding(model.hidden_size, experts.intermediate_size, 1 if spread else tensor * data)
+        held *= _mxfp4_padding(model.hidden_size, experts.intermediate_size, parts)
     split = splits_shared_experts(model, experts, tensor, data, spread)
     return (
         counts.expert * held * _bytes(model, "experts")

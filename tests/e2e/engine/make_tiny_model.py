@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write a tiny random-weight Llama model that vLLM serves like any other.
 
-    make_tiny_model.py DIR [--seed N] [--mean-length N]
+    make_tiny_model.py DIR [--seed N] [--mean-length N] [--heads N] [--key-value-heads N] [--layers N]
 
 The model talks nonsense, but well-behaved nonsense:
 
@@ -25,20 +25,34 @@ import pydoc_data.topics
 import shutil
 import string
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB = 2048
-HIDDEN = 64
-LAYERS = 2
-HEADS = 2  # head size 32, the smallest the CPU attention kernel takes
-KV_HEADS = 2
-INTERMEDIATE = 128
+HEAD_SIZE = 32  # the smallest the CPU attention kernel takes
 CONTEXT = 8192
 LOGIT_STD = 1.5
 BANNED = -30.0  # logit offset of a token the model must not emit
+
+
+class Shape(NamedTuple):
+    """Sizes of a model that may differ; each head adds to its width."""
+
+    heads: int = 2
+    key_value_heads: int = 2
+    layers: int = 2
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * HEAD_SIZE
+
+    @property
+    def intermediate(self) -> int:
+        return 2 * self.hidden
+
 
 BOS, EOS, START, END = "<|bos|>", "<|eos|>", "<|start|>", "<|end|>"
 SPECIAL = [BOS, EOS, START, END]
@@ -87,11 +101,11 @@ def token_bias(tok: Tokenizer, mean_length: int) -> np.ndarray:
     return bias
 
 
-def build_weights(seed: int, bias: np.ndarray) -> dict[str, np.ndarray]:
+def build_weights(shape: Shape, seed: int, bias: np.ndarray) -> dict[str, np.ndarray]:
     """Random weights whose hidden state keeps a constant in dimension 0.
 
     Nothing writes to dimension 0 after the embedding, and it is large beside
-    the rest, so after the last norm it is close to sqrt(HIDDEN) and the output
+    the rest, so after the last norm it is close to sqrt(hidden) and the output
     head can use it as a bias.
     """
     rng = np.random.default_rng(seed)
@@ -99,38 +113,38 @@ def build_weights(seed: int, bias: np.ndarray) -> dict[str, np.ndarray]:
     def normal(*shape: int, std: float) -> np.ndarray:
         return rng.normal(0.0, std, shape).astype(np.float32)
 
-    head_dim = HIDDEN // HEADS
-    embed = normal(VOCAB, HIDDEN, std=1.0)
+    hidden, intermediate = shape.hidden, shape.intermediate
+    embed = normal(VOCAB, hidden, std=1.0)
     embed /= np.sqrt((embed[:, 1:] ** 2).mean(-1, keepdims=True))
     embed[:, 0] = 32.0
-    w = {"model.embed_tokens.weight": embed, "model.norm.weight": np.ones(HIDDEN, np.float32)}
-    for n in range(LAYERS):
+    w = {"model.embed_tokens.weight": embed, "model.norm.weight": np.ones(hidden, np.float32)}
+    for n in range(shape.layers):
         p = f"model.layers.{n}."
-        o_proj = normal(HIDDEN, HIDDEN, std=0.03)
-        down = normal(HIDDEN, INTERMEDIATE, std=0.02)
+        o_proj = normal(hidden, hidden, std=0.03)
+        down = normal(hidden, intermediate, std=0.02)
         o_proj[0] = down[0] = 0.0
         # The norms would leave little beside the constant: drop it, scale the rest.
-        norm = np.full(HIDDEN, 4.0, np.float32)
+        norm = np.full(hidden, 4.0, np.float32)
         norm[0] = 0.0
         w |= {
             p + "input_layernorm.weight": norm,
             p + "post_attention_layernorm.weight": norm.copy(),
-            p + "self_attn.q_proj.weight": normal(HEADS * head_dim, HIDDEN, std=0.2),
-            p + "self_attn.k_proj.weight": normal(KV_HEADS * head_dim, HIDDEN, std=0.2),
-            p + "self_attn.v_proj.weight": normal(KV_HEADS * head_dim, HIDDEN, std=0.2),
+            p + "self_attn.q_proj.weight": normal(hidden, hidden, std=0.2),
+            p + "self_attn.k_proj.weight": normal(shape.key_value_heads * HEAD_SIZE, hidden, std=0.2),
+            p + "self_attn.v_proj.weight": normal(shape.key_value_heads * HEAD_SIZE, hidden, std=0.2),
             p + "self_attn.o_proj.weight": o_proj,
-            p + "mlp.gate_proj.weight": normal(INTERMEDIATE, HIDDEN, std=0.2),
-            p + "mlp.up_proj.weight": normal(INTERMEDIATE, HIDDEN, std=0.2),
+            p + "mlp.gate_proj.weight": normal(intermediate, hidden, std=0.2),
+            p + "mlp.up_proj.weight": normal(intermediate, hidden, std=0.2),
             p + "mlp.down_proj.weight": down,
         }
-    head = normal(VOCAB, HIDDEN, std=1.0)
+    head = normal(VOCAB, hidden, std=1.0)
     head[bias != 0] = 0.0  # such a token's logit is its bias, in any context
     head[:, 0] = bias
     w["lm_head.weight"] = head
     return w
 
 
-def calibrate(w: dict[str, np.ndarray], bias: np.ndarray) -> None:
+def calibrate(shape: Shape, w: dict[str, np.ndarray], bias: np.ndarray) -> None:
     """Scale the final norm so that the logits' spread is LOGIT_STD.
 
     Attention adds little once it averages over a long context, so a pass of
@@ -141,7 +155,7 @@ def calibrate(w: dict[str, np.ndarray], bias: np.ndarray) -> None:
     def rms(v: np.ndarray) -> np.ndarray:
         return v / np.sqrt((v * v).mean(-1, keepdims=True) + 1e-5)
 
-    for n in range(LAYERS):
+    for n in range(shape.layers):
         p = f"model.layers.{n}."
         h = rms(x) * w[p + "post_attention_layernorm.weight"]
         gate = h @ w[p + "mlp.gate_proj.weight"].T
@@ -155,7 +169,7 @@ def calibrate(w: dict[str, np.ndarray], bias: np.ndarray) -> None:
     norm[0] = 1.0 / h[:, 0].mean()
 
 
-def write_model(out: Path, seed: int, mean_length: int) -> None:
+def write_model(out: Path, shape: Shape, seed: int, mean_length: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tok = build_tokenizer()
     tok.save(str(out / "tokenizer.json"))
@@ -165,12 +179,12 @@ def write_model(out: Path, seed: int, mean_length: int) -> None:
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": VOCAB,
-            "hidden_size": HIDDEN,
-            "intermediate_size": INTERMEDIATE,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "head_dim": HIDDEN // HEADS,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.key_value_heads,
+            "head_dim": HEAD_SIZE,
             "max_position_embeddings": CONTEXT,
             "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0,
@@ -194,8 +208,8 @@ def write_model(out: Path, seed: int, mean_length: int) -> None:
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=1) + "\n")
     bias = token_bias(tok, mean_length)
-    weights = build_weights(seed, bias)
-    calibrate(weights, bias)
+    weights = build_weights(shape, seed, bias)
+    calibrate(shape, weights, bias)
     save_file(weights, str(out / "model.safetensors"), metadata={"format": "pt"})
 
 
@@ -204,12 +218,15 @@ def main() -> None:
     ap.add_argument("dir", type=Path)
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--mean-length", type=int, default=128)
+    ap.add_argument("--heads", type=int, default=Shape().heads)
+    ap.add_argument("--key-value-heads", type=int, default=Shape().key_value_heads)
+    ap.add_argument("--layers", type=int, default=Shape().layers)
     args = ap.parse_args()
     if args.dir.exists() and not list(args.dir.glob("*config.json")):
         raise SystemExit(f"{args.dir} exists and is no model")
     args.dir = args.dir.absolute()
     tmp = args.dir.with_name(f".{args.dir.name}.{os.getpid()}")
-    write_model(tmp, args.seed, args.mean_length)
+    write_model(tmp, Shape(args.heads, args.key_value_heads, args.layers), args.seed, args.mean_length)
     shutil.rmtree(args.dir, ignore_errors=True)
     tmp.rename(args.dir)
 

@@ -5,6 +5,7 @@
 # missing. Stays in the foreground and becomes the server. An option given on
 # the command line wins over the same one below.
 #
+#   SAGECP_ENGINE_MODEL     another model's folder  [the tiny model]
 #   SAGECP_ENGINE_KV_BYTES  size of the KV cache  [64M, which holds 65,536 tokens]
 set -euo pipefail
 if [ $# -lt 1 ]; then
@@ -29,7 +30,7 @@ export PYTHONHASHSEED=0
 unset VLLM_CPU_KVCACHE_SPACE
 
 # Chunked prefill is off: on a CPU, a seeded request whose prefill is split kills the engine.
-exec "$venv/bin/vllm" serve "$venv/model" \
+exec "$venv/bin/vllm" serve "${SAGECP_ENGINE_MODEL:-$venv/model}" \
     --host 127.0.0.1 --port "$port" \
     --served-model-name tiny \
     --dtype float32 \
