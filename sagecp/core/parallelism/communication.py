@@ -8,6 +8,7 @@ from sagecp.core.gpu_specifications import GpuSpecification
 from sagecp.core.parallelism.gpu_pool import GpuPool
 from sagecp.core.parallelism.model_description import ModelDescription
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
+from sagecp.core.parallelism.parameter_count import part_format
 
 _US = 1e-6
 _ACTIVATION_BYTES = 2.0
@@ -15,7 +16,9 @@ _ACTIVATION_BYTES = 2.0
 # Share of a link's data sheet that collectives reach. NVLink: Vidur's profile of an H100 host,
 # 33.5 MB in 0.167 ms over four GPUs and in 0.196 ms over eight, is a third of 900 GB/s.
 _LINK_EFFICIENCY = 0.34
-_NODE_LINK_EFFICIENCY = 0.7
+# DeepEP's kernels reach 43 and 46 of 50 GB/s over 64 GPUs in 8 nodes (deepseek-ai/DeepEP, docs/legacy.md).
+_NODE_LINK_EFFICIENCY = 0.85
+_SPREAD_MESSAGE_S = 30 * _US
 # A small message: custom all-reduce over NVLink, over PCIe, and between nodes.
 _FAST_MESSAGE_S, _SLOW_MESSAGE_S, _NODE_MESSAGE_S = 11 * _US, 30 * _US, 45 * _US
 _ALL_REDUCES_PER_LAYER = 2
@@ -67,23 +70,25 @@ def hand_over(model: ModelDescription, pool: GpuPool, config: ParallelismConfig)
 def all_to_all(model: ModelDescription, pool: GpuPool, config: ParallelismConfig) -> Communication:
     """Tokens to their experts and back, when copies share the experts.
 
-    ``2 * topk * hidden * bytes * (1 - 1/EP)`` per token and layer with experts, divided over
-    the copy's GPUs. What stays in the node takes the fast link, the rest the adapters. A copy
-    that has all the experts by itself needs none: its all-reduce does the work.
+    ``topk * hidden * bytes * (1 - 1/EP)`` per token and layer with experts, there and back, divided
+    over the copy's GPUs. What stays in the node takes the fast link, the rest the adapters, at once. Models
+    in 8 bits send tokens to the experts in 8 bits. A copy that has all the experts by itself needs
+    none: its all-reduce does the work.
     """
     experts = model.experts
     if experts is None or config.expert_parallel_size <= config.tensor_parallel_size:
         return NOTHING
     group = config.expert_parallel_size
-    visited = 2.0 * experts.active_expert_count * model.hidden_size * _ACTIVATION_BYTES
+    sent_in_bytes = min(_ACTIVATION_BYTES, part_format(model, "experts").arithmetic_bits / 8.0)
+    visited = experts.active_expert_count * model.hidden_size * (max(1.0, sent_in_bytes) + _ACTIVATION_BYTES)
     visited /= config.tensor_parallel_size
     near_share = min(1.0, pool.gpus_per_node_count / group)
     far_share = 1.0 - near_share
     near_share -= 1.0 / group
     _, near_bytes_per_s = _link(pool, min(group, pool.gpus_per_node_count))
-    message_s, _ = _link(pool, group)
+    message_s = _SPREAD_MESSAGE_S if far_share else _link(pool, group)[0]
     far_bytes_per_s = pool.node_link_gb_per_s * 1e9 * _NODE_LINK_EFFICIENCY
-    per_token_s = visited * (near_share / near_bytes_per_s + far_share / far_bytes_per_s)
+    per_token_s = visited * max(near_share / near_bytes_per_s, far_share / far_bytes_per_s)
     return Communication(2 * experts.layer_count * message_s, experts.layer_count * per_token_s)
 
 

@@ -62,21 +62,26 @@ _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 # Model types whose feed-forward part has two matrices: no gate.
 _WITHOUT_GATE = frozenset(
     {
+        "apertus",
         "arcee",
+        "biogpt",
         "bloom",
+        "codegen",
         "falcon",
+        "gpt-sw3",
         "gpt2",
         "gpt_bigcode",
         "gpt_neo",
         "gpt_neox",
         "gptj",
+        "jais2",
         "mpt",
+        "nanochat",
         "nemotron",
         "opt",
         "persimmon",
         "phi",
         "starcoder2",
-        "xglm",
     }
 )
 # Model types whose output embedding is the input embedding unless they say otherwise.
@@ -98,7 +103,9 @@ _TIED_BY_DEFAULT = frozenset(
     }
 )
 # Model types whose feed-forward part is four times as wide as the hidden state unless they say otherwise.
-_FOUR_TIMES_WIDER = frozenset({"bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt"})
+_FOUR_TIMES_WIDER = frozenset(
+    {"bloom", "codegen", "falcon", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt"}
+)
 
 
 def parse_model_config(
@@ -139,6 +146,7 @@ def parse_model_config(
         "num_attention_heads",
         "n_head",
         "n_heads",
+        "num_heads",
         most=_MAX_HEAD_COUNT,
         what="how many query heads a layer has",
     )

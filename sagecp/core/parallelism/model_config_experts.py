@@ -83,7 +83,7 @@ def _expert_layer_count(fields: ConfigFields, layer_count: int) -> int:
         step = fields.integer("decoder_sparse_step", most=MAX_LISTED_LAYERS) or 1
         dense = set(fields.whole_numbers("mlp_only_layers", MAX_LISTED_LAYERS) or ())
         return sum((each + 1) % step == 0 and each not in dense for each in range(layer_count))
-    first = fields.integer("first_k_dense_replace", most=layer_count, least=0) or 0
+    first = fields.integer("first_k_dense_replace", "num_dense_layers", most=layer_count, least=0) or 0
     frequency = fields.value("moe_layer_freq")
     if isinstance(frequency, list):
         listed = fields.whole_numbers("moe_layer_freq", MAX_LISTED_LAYERS) or ()

@@ -20,10 +20,18 @@ _REFUSED_FIELDS = {
     "block_configs": "has layers of different sizes",
     "cross_attention_layers": "has layers that look at an image instead of the text",
     "hidden_size_per_layer_input": "has embeddings for every layer",
+    "conv_L_cache": "has layers of convolutions, which have no KV cache",
+    "lru_width": "has recurrent layers, which have no KV cache",
+    "type_vocab_size": "tells two texts apart, as encoders do",
+    "zero_expert_num": "has experts that do nothing, and two attentions in each layer",
+    "global_head_dim": "has heads of different sizes",
     "compress_ratios": "compresses its KV cache by a different ratio in each layer",
     "attention_k_eq_v": "has layers whose keys are their values, and heads of different sizes",
 }
-_KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# Indexed attention looks at chosen tokens of a whole cache: it is taken as full.
+_KNOWN_LAYER_TYPES = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
+)
 MAX_LISTED_LAYERS = 4_096
 
 

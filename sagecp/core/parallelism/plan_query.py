@@ -8,6 +8,7 @@ from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.estimates import PlanEstimate, PlanningResult
 from sagecp.core.parallelism.gpu_pool import GpuPool
 from sagecp.core.parallelism.model_description import ModelDescription
+from sagecp.core.parallelism.search import search_plans
 from sagecp.core.parallelism.workload import PlanGoal, PlanObjectives, Workload
 from sagecp.core.types import ParallelismType
 
@@ -57,8 +58,6 @@ class PlanQuery:
 
 def answer_plan_query(query: PlanQuery) -> PlanningResult:
     """Search, and keep what was asked for. Takes up to seconds: not for an event loop."""
-    from sagecp.core.parallelism.search import search_plans
-
     result = search_plans(
         query.model, query.pools, query.workload, query.objectives, query.goal, query.options
     )
