@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from sagecp.core.parallelism.estimates import PlanEstimate
@@ -18,8 +19,8 @@ def pareto_front(plans: Sequence[PlanEstimate], *, at_rate: bool) -> tuple[PlanE
 
     Args:
         plans: The plans.
-        at_rate: Compare times at the rate that all plans are told at, where there is such a
-            rate; otherwise those of a request that is alone.
+        at_rate: Compare times and prices at the rate that all plans are told at, where there is
+            such a rate; otherwise times of a request that is alone, and prices at the goodput.
     """
     points = [_point(plan, at_rate=at_rate) for plan in plans]
     return tuple(
@@ -35,8 +36,13 @@ def pareto_front(plans: Sequence[PlanEstimate], *, at_rate: bool) -> tuple[PlanE
 
 def _point(plan: PlanEstimate, *, at_rate: bool) -> tuple[float, float, float, float]:
     """What counts, less being better in each."""
-    ttft_s, tpot_s = (plan.ttft_s, plan.tpot_s) if at_rate else (plan.single_ttft_s, plan.single_tpot_s)
-    return ttft_s, tpot_s, -plan.output_tokens_per_second, plan.usd_per_million_output_tokens
+    if not at_rate:
+        price = plan.usd_per_million_output_tokens
+        return plan.single_ttft_s, plan.single_tpot_s, -plan.output_tokens_per_second, price
+    served_rate = min(plan.goodput, plan.request_rate)
+    # Room for more than there is to serve is paid for all the same.
+    price = plan.usd_per_hour / served_rate if served_rate > 0.0 else math.inf
+    return plan.ttft_s, plan.tpot_s, -plan.output_tokens_per_second, price
 
 
 def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

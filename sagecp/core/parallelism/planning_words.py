@@ -20,6 +20,8 @@ from sagecp.core.parallelism.workload import PlanGoal, PlanObjectives, Workload
 # GPUs of a kind that are tried to see what would suffice.
 _LARGEST_GPU_COUNT = 1024
 _LEAST_CONTEXT = 1024
+# With a cache for fewer of them, the goodput of a plan was up to 2.2 times too high (`bench.plan_regret`).
+_FEW_REQUESTS = 16
 
 
 def explain_choice(
@@ -99,6 +101,12 @@ def warnings_of(
             f"the longest context is cut to {context:,} tokens, because {wanted:,} do not fit beside the "
             "weights; the workload needs no more than "
             f"{workload.max_context_token_count:,}"
+        )
+    held = workload.mean_prompt_token_count + workload.mean_output_token_count
+    if best.memory.key_value_token_capacity < _FEW_REQUESTS * held * best.config.pipeline_parallel_size:
+        found.append(
+            f"the KV cache holds about {best.memory.key_value_token_capacity / held:.0f} requests of mean "
+            "length per copy; with so few, waiting and preemption are worse than predicted"
         )
     if any(pool.usd_per_gpu_hour is None for pool in pools):
         prices = ", ".join(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sagecp.core.parallelism.engine_options import EngineOptions
@@ -99,6 +99,27 @@ def search_plans(
         summary=summary,
         warnings=warnings_of(model, pools, plans, workload, options),
     )
+
+
+def best_plan(
+    model: ModelDescription,
+    pool: GpuPool,
+    configs: Iterable[ParallelismConfig],
+    workload: Workload,
+    objectives: PlanObjectives,
+    goal: PlanGoal,
+    options: EngineOptions,
+) -> PlanEstimate | None:
+    """Return the best of some plans; ``None``: none of them can be. Arguments as of ``search_plans``."""
+    classes = RequestClasses.of(workload)
+    plans = [
+        plan
+        for config in configs
+        if isinstance(candidate := _examine(model, pool, config, options, workload), _Candidate)
+        for plan in _estimates(model, candidate, workload, objectives, goal, classes)
+    ]
+    has_rate = workload.request_rate is not None
+    return min(plans, key=lambda plan: _rank(plan, goal, has_rate=has_rate), default=None)
 
 
 def feasible_memory(

@@ -16,11 +16,13 @@ class ModelSize:
         total_billions: All of them.
         active_billions: Those that compute one token; fewer than all in a mixture of experts.
         bytes_per_parameter: 2 for bf16, 1 for eight bits, 0.5 for four.
+        expert_count: Experts per layer; 0: none, or the name does not tell.
     """
 
     total_billions: float
     active_billions: float
     bytes_per_parameter: float = 2.0
+    expert_count: int = 0
 
     @property
     def is_mixture(self) -> bool:
@@ -57,6 +59,16 @@ _NAMED_SIZES = (
     ("phi-4", 14.7, 14.7),
     ("mistral-large", 123.0, 123.0),
     ("command-r-plus", 104.0, 104.0),
+)
+# Experts per layer of families whose names do not tell it, in lower case.
+_NAMED_EXPERTS = (
+    ("gpt-oss-120b", 128),
+    ("gpt-oss-20b", 32),
+    ("llama-4-scout", 16),
+    ("llama-4-maverick", 128),
+    ("deepseek-v3", 256),
+    ("deepseek-r1", 256),
+    ("qwen3-", 128),
 )
 # Families whose distilled models have the same name and a size of their own.
 _UNSIZED_FAMILIES = (("deepseek-v3", 671.0, 37.0), ("deepseek-r1", 671.0, 37.0))
@@ -102,7 +114,10 @@ def model_size_from_name(model_name: str) -> ModelSize | None:
     elif _EIGHT_BITS.search(name) or any(family in name for family, _, _ in _UNSIZED_FAMILIES):
         bytes_per_parameter = 1.0
     return ModelSize(
-        total_billions=billions[0], active_billions=billions[1], bytes_per_parameter=bytes_per_parameter
+        total_billions=billions[0],
+        active_billions=billions[1],
+        bytes_per_parameter=bytes_per_parameter,
+        expert_count=_expert_count(name) if billions[1] < billions[0] else 0,
     )
 
 
@@ -139,6 +154,12 @@ def _billions(name: str) -> tuple[float, float] | None:
     if small := _MILLIONS.search(name):
         return float(small[1]) / 1000.0, float(small[1]) / 1000.0
     return None
+
+
+def _expert_count(name: str) -> int:
+    if experts := _EXPERTS.search(name):
+        return int(float(experts[1]))
+    return next((count for family, count in _NAMED_EXPERTS if family in name), 0)
 
 
 def _between(low: float, high: float, share: float) -> float:
