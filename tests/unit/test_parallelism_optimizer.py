@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def plan(
-    gpu_count: int, hint: ParallelismType | None = None, model: str = "m", **instance: object
+    gpu_count: int, hint: ParallelismType | None = None, model: str = "m", **instance: Any
 ) -> tuple[ParallelismType, ParallelismConfig]:
     return ParallelismOptimizer().select_strategy(
         make_metadata(model=model, parallelism_hint=hint), make_instance(model=model, **instance), gpu_count

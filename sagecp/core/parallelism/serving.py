@@ -202,7 +202,8 @@ class PlanServing:
                 decode_count + prefill_tokens, contexts, prefill_tokens * pairs_per_token
             )
             mean_step_s = prefill_share * prefill_step_s + (1.0 - prefill_share) * decode_step_s
-            settled = abs(mean_step_s - token_s) < 1e-4 * mean_step_s
+            # At first it was alone.
+            settled = bool(iteration) and abs(mean_step_s - token_s) < 1e-4 * mean_step_s
             # Half of the way, so that it does not swing.
             token_s += 0.5 * (mean_step_s - token_s) if iteration else mean_step_s - token_s
             decode_count = per_engine * self._mean_output * token_s
