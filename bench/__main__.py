@@ -26,6 +26,9 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
     "kv_events": ([], ["--blocks", "20000", "--rounds", "2"]),
     "plan_memory": ([], []),
     "plan_time": ([], []),
+    "plan_search": ([], []),
+    "plan_regret": ([], ["--quick"]),
+    "forecast": ([], ["--quick"]),
     "heartbeats": ([], ["--agents", "100", "--seconds", "3"]),
 }
 
