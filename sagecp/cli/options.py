@@ -154,7 +154,30 @@ def debug_option(function: F) -> F:
 
 def server_options(function: F) -> F:
     """Add the options of every command that talks to a control plane; they arrive as ``connection``."""
+    server = click.option(
+        "-s",
+        "--server",
+        envvar="SAGECP_SERVER",
+        default="127.0.0.1:50051",
+        metavar="ADDR",
+        help="Host and port of the control plane.  [SAGECP_SERVER; 127.0.0.1:50051]",
+    )
+    return _connection_options(function, server)
 
+
+def optional_server_options(function: F) -> F:
+    """Add the options of a command that talks to a control plane only where one is named."""
+    server = click.option(
+        "-s",
+        "--server",
+        default="",
+        metavar="ADDR",
+        help="Ask this control plane, instead of doing it here.",
+    )
+    return _connection_options(function, server)
+
+
+def _connection_options(function: F, server_option: Callable[[Any], Any]) -> F:
     @functools.wraps(function)
     def wrapper(
         server: str,
@@ -173,14 +196,7 @@ def server_options(function: F) -> F:
     decorated: Any = wrapper
     for option in reversed(
         [
-            click.option(
-                "-s",
-                "--server",
-                envvar="SAGECP_SERVER",
-                default="127.0.0.1:50051",
-                metavar="ADDR",
-                help="Host and port of the control plane.  [SAGECP_SERVER; 127.0.0.1:50051]",
-            ),
+            server_option,
             click.option(
                 "--timeout",
                 type=DURATION,

@@ -23,9 +23,17 @@ def is_for_programs(output: str) -> bool:
 def print_object(message: Message, output: str) -> None:
     """Print the one message that a command is about."""
     if output == "yaml":
-        click.echo(to_yaml(json.loads(to_json(message))), nl=False)
+        print_values(json.loads(to_json(message)), output)
     else:
         print_message(message)
+
+
+def print_values(values: Mapping[str, Any], output: str) -> None:
+    """Print values that no message of the contract holds alone, as one line or document."""
+    if output == "yaml":
+        click.echo(to_yaml(values), nl=False)
+    else:
+        click.echo(json.dumps(values, ensure_ascii=False))
 
 
 def print_entry(message: Message, output: str) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import pickle
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sagecp.core.events import PoliciesEvaluated
 from sagecp.core.policy_replay import PolicyReplay, PolicyScore
+from sagecp.runtime.computation_process import ComputationError, ComputationProcess
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +33,7 @@ class PolicyEvaluator(Protocol):
 
 
 class EvaluationProcess:
-    """Has each replay made by a process of its own, which ends with it.
-
-    A start costs a few tenths of a second of the replay's second, and buys
-    that nothing is left behind or kept in memory between replays. The process
-    finds the replay, pickled, on its standard input, answers with the scores on
-    its standard output, and yields the CPU to others.
+    """Has each replay made by a process of its own.
 
     Args:
         command: Program and arguments.
@@ -48,58 +41,15 @@ class EvaluationProcess:
     """
 
     def __init__(self, command: Sequence[str], timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self._command = tuple(command)
-        self._timeout_s = timeout_s
+        self._process = ComputationProcess(command, timeout_s, what="replay", result="scores")
 
     async def evaluate(self, replay: PolicyReplay) -> tuple[PolicyScore, ...]:
         """Return one score per candidate. Errors: as :meth:`PolicyEvaluator.evaluate`."""
-        process = self._start(replay)
-        work = asyncio.ensure_future(asyncio.to_thread(_finish, process, self._timeout_s))
         try:
-            answer, complaint = await asyncio.shield(work)
-        except subprocess.TimeoutExpired:
-            raise EvaluationError(f"the replay took longer than {self._timeout_s:g} s") from None
-        finally:
-            # Where this was cancelled; otherwise it has ended.
-            process.kill()
-            await asyncio.wait({work})
-        if process.returncode != 0:
-            lines = complaint.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
-            raise EvaluationError(f"the replay ended with exit status {process.returncode}: {lines[-1]}")
-        try:
-            scores: tuple[PolicyScore, ...] = pickle.loads(answer)  # noqa: S301 - of the process started above
-        except (EOFError, pickle.UnpicklingError) as error:
-            raise EvaluationError("the replay wrote no scores") from error
+            scores: tuple[PolicyScore, ...] = await self._process.run(replay)
+        except ComputationError as error:
+            raise EvaluationError(str(error)) from error
         return scores
-
-    def _start(self, replay: PolicyReplay) -> subprocess.Popen[bytes]:
-        # A file: a pipe would have to be fed, and breaks where the process ends before it has read.
-        with tempfile.TemporaryFile() as question:
-            pickle.dump(replay, question)
-            question.seek(0)
-            try:
-                # Not by the event loop: uvloop forks, which runs the fork handlers of gRPC's threads
-                # in the child, and those crash it now and then. This starts it without a fork.
-                return subprocess.Popen(  # noqa: S603 - a command of ours
-                    self._command,
-                    stdin=question,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    # Ctrl-C on the terminal is for the server, which ends this.
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise EvaluationError(f"{self._command[0]} cannot be started: {error.strerror}") from error
-
-
-def _finish(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[bytes, bytes]:
-    """Wait for a process; return what it wrote to its standard output and error."""
-    with process:
-        try:
-            return process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
 
 
 class PolicyEvaluations:

@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from sagecp.runtime.engines.base import EngineFailedError, EngineRejectedError
 from sagecp.v1 import admin_service_pb2, fleet_service_pb2, instance_pb2, metrics_pb2, request_pb2
 from sagecp.version import __version__
-from tests.support.rpc_rig import Rig, failure_of, fields_of, reason_of
+from tests.support.rpc_rig import Rig, failure_of, fields_of
 from tests.support.waiting import until
 
 pb = admin_service_pb2
@@ -154,16 +154,3 @@ async def test_the_configuration_and_what_could_be_chosen(rig: Rig) -> None:
     assert {"adaptive", "fifo"} <= set(response.available_scheduling_policies)
     assert {"load_balanced", "round_robin", "random"} <= set(response.available_routing_strategies)
     assert "predicted_latency" in response.available_load_balancers
-
-
-LATER = {
-    "PlanParallelism": pb.PlanParallelismRequest(),
-}
-
-
-@pytest.mark.parametrize("method", LATER)
-async def test_what_comes_later_says_so(rig: Rig, method: str) -> None:
-    error = await failure_of(getattr(rig.admin, method)(LATER[method]))
-    assert error.code() is Code.UNIMPLEMENTED
-    assert reason_of(error) == "NOT_IMPLEMENTED"
-    assert f"{method} is not implemented by this version" in (error.details() or "")

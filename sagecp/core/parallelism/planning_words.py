@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from sagecp.core.gpu_specifications import GPU_SPECIFICATIONS
 from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.estimates import PlanEstimate, RejectedPlan
 from sagecp.core.parallelism.gpu_pool import GpuPool
@@ -38,7 +39,7 @@ def explain_choice(
     best = plans[0]
     sentences = [f"{best.config} on {best.gpu_name}: {_figures(best, objectives, workload)}."]
     if not best.carries_load:
-        sentences.append(_shortfall(best, objectives, workload))
+        sentences.append(_shortfall(plans, objectives, workload))
     quicker = min(plans, key=lambda plan: plan.single_ttft_s)
     if quicker.single_ttft_s < 0.8 * best.single_ttft_s:
         sentences.append(
@@ -69,7 +70,8 @@ def explain_impossible(
 ) -> str:
     """Return what would make a plan possible, found by trying.
 
-    More GPUs of the same kind, a shorter context, smaller weights, in turn.
+    Each by itself: the fewest GPUs of the same kind, the cheapest kind with more memory, a
+    shorter context, smaller weights.
     """
     if not rejected:
         return "There are no GPUs to plan for; name at least one."
@@ -113,6 +115,10 @@ def warnings_of(
             f"{pool.gpu.name} ${pool.price_usd:g}" for pool in pools if pool.usd_per_gpu_hour is None
         )
         found.append(f"usual prices per GPU and hour are taken ({prices}); give your own to compare plans")
+    if len(pools) > 1:
+        found.append(
+            "each plan is of one kind of GPU; traffic that is spread over several kinds is not planned for"
+        )
     if model.is_mixture:
         found.append(
             "tokens are taken to choose their experts alike; skewed choices make steps with whole experts "
@@ -133,15 +139,18 @@ def warnings_of(
 
 def _figures(plan: PlanEstimate, objectives: PlanObjectives, workload: Workload) -> str:
     within = _objectives_text(objectives)
-    text = f"{plan.goodput:.3g} requests/s"
-    if within:
-        text += f" of which {objectives.attainment:.0%} are within {within}"
+    if plan.goodput > 0.0:
+        text = f"{plan.goodput:.3g} requests/s"
+        if within:
+            text += f" of which {objectives.attainment:.0%} are within {within}"
+    else:
+        text = f"{plan.output_tokens_per_second:,.0f} output tokens/s at most, not within {within}"
     text += f", for ${plan.usd_per_hour:,.2f} an hour"
     if math.isfinite(plan.usd_per_million_output_tokens):
         text += f" (${plan.usd_per_million_output_tokens:.3g} per million output tokens)"
     if workload.request_rate is not None and math.isfinite(plan.ttft_s):
         text += (
-            f"; at {workload.request_rate:g} requests/s TTFT {plan.ttft_s:.3g} s and "
+            f"; at {workload.request_rate:.3g} requests/s TTFT {plan.ttft_s:.3g} s and "
             f"TPOT {plan.tpot_s * 1000:.3g} ms"
         )
     if plan.config.idle_gpu_count:
@@ -149,7 +158,8 @@ def _figures(plan: PlanEstimate, objectives: PlanObjectives, workload: Workload)
     return text
 
 
-def _shortfall(best: PlanEstimate, objectives: PlanObjectives, workload: Workload) -> str:
+def _shortfall(plans: Sequence[PlanEstimate], objectives: PlanObjectives, workload: Workload) -> str:
+    best = plans[0]
     if best.goodput <= 0.0:
         reasons = []
         if objectives.ttft_s is not None and best.single_ttft_s > objectives.ttft_s:
@@ -163,12 +173,18 @@ def _shortfall(best: PlanEstimate, objectives: PlanObjectives, workload: Workloa
                 f"{objectives.tpot_s * 1000:g} ms being the objective"
             )
         why = " and ".join(reasons) or "too many of the requests are longer than the objectives allow"
+        good = [plan for plan in plans if plan.goodput > 0.0]
+        if good:
+            best_good = max(good, key=lambda plan: plan.goodput)
+            return (
+                f"It does not meet the objectives ({why}); {best_good.config} on {best_good.gpu_name} does."
+            )
         return f"No plan meets the objectives: {why}. Use faster or more GPUs per copy, or looser objectives."
     if workload.request_rate is None:
         return ""
-    copies = math.ceil(workload.request_rate / best.goodput * best.config.gpu_count)
+    gpu_count = math.ceil(workload.request_rate / best.goodput * best.config.gpu_count)
     return (
-        f"That is not the {workload.request_rate:g} requests/s wanted: about {copies} GPUs of the kind "
+        f"That is not the {workload.request_rate:.3g} requests/s wanted: about {gpu_count} GPUs of the kind "
         f"would carry them; bound by {best.limited_by}."
     )
 
@@ -219,9 +235,15 @@ def _ways(
         max_context_token_count=options.max_context_token_count
         or min(model.max_context_token_count, max(_LEAST_CONTEXT, workload.max_context_token_count)),
     )
-    larger = pool
-    while larger.gpu_count < _LARGEST_GPU_COUNT:
-        larger = _larger(larger)
+    more = pool
+    while more.gpu_count < _LARGEST_GPU_COUNT:
+        more = _more_gpus(more)
+        if _is_possible(model, more, needed):
+            yield f"{more}"
+            break
+    larger_gpus = [gpu for gpu in GPU_SPECIFICATIONS if gpu.memory_gib > pool.gpu.memory_gib]
+    for gpu in sorted(larger_gpus, key=lambda each: (each.usd_per_hour, each.name)):
+        larger = replace(pool, gpu=gpu)
         if _is_possible(model, larger, needed):
             yield f"{larger}"
             break
@@ -239,10 +261,11 @@ def _ways(
             break
 
 
-def _larger(pool: GpuPool) -> GpuPool:
+def _more_gpus(pool: GpuPool) -> GpuPool:
+    """Return the next size of a pool: hosts of up to eight GPUs, then more of them."""
     if pool.gpus_per_node_count < 8:
-        return replace(pool, gpus_per_node_count=min(8, max(1, 2 * pool.gpus_per_node_count)))
-    return replace(pool, node_count=2 * pool.node_count)
+        return replace(pool, gpus_per_node_count=max(1, pool.gpus_per_node_count + 1))
+    return replace(pool, node_count=pool.node_count + max(1, pool.node_count // 4))
 
 
 def _is_possible(model: ModelDescription, pool: GpuPool, options: EngineOptions) -> bool:

@@ -210,16 +210,20 @@ def _rank(plan: PlanEstimate, goal: PlanGoal, *, has_rate: bool) -> tuple[float,
     carries = 0.0 if plan.carries_load or not has_rate else 1.0
     served = min(plan.goodput, plan.request_rate) if has_rate else plan.goodput
     sizes = tuple(float(size) for size in plan.config.sizes)
+    # Of plans that cannot carry the load, the one that carries most of it is nearest to the goal.
+    missing = -_rounded(plan.goodput) if carries else 0.0
     if goal is PlanGoal.LOWEST_TTFT:
-        ttft_s = plan.ttft_s if has_rate else plan.single_ttft_s
-        return (carries, _rounded(ttft_s), plan.usd_per_hour, *sizes)
+        ttft_s = plan.ttft_s if has_rate and not carries else plan.single_ttft_s
+        return (carries, missing, _rounded(ttft_s), plan.usd_per_hour, *sizes)
     if goal is PlanGoal.CHEAPEST:
-        return (carries or float(plan.goodput <= 0.0), _rounded(plan.usd_per_hour), -plan.goodput, *sizes)
+        useless = float(plan.goodput <= 0.0)
+        return (carries, useless, missing, _rounded(plan.usd_per_hour), -plan.goodput, *sizes)
     if goal is PlanGoal.HIGHEST_THROUGHPUT:
         return (-_rounded(plan.output_tokens_per_second), plan.usd_per_hour, *sizes)
     per_usd = served / plan.usd_per_hour if plan.usd_per_hour > 0.0 else served
     # Without any goodput: the fastest is nearest to it.
-    return (carries, -_rounded(per_usd), _rounded(plan.single_ttft_s), plan.usd_per_hour, *sizes)
+    ttft_s = plan.ttft_s if has_rate and math.isfinite(plan.ttft_s) else plan.single_ttft_s
+    return (carries, -_rounded(per_usd), _rounded(ttft_s), plan.usd_per_hour, *sizes)
 
 
 def _rounded(value: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from sagecp.core.errors import NotImplementedYetError, ShuttingDownError
+from sagecp.core.errors import ShuttingDownError
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.router.registry import LOAD_BALANCERS, ROUTING_STRATEGIES
 from sagecp.core.settings import SchedulingSettings
@@ -19,6 +19,7 @@ from sagecp.rpc.convert.metrics import query_from_proto, watch_from_proto
 from sagecp.rpc.convert.scheduling import change_from_proto, parameters_to_proto, settings_to_proto
 from sagecp.rpc.servicers.metrics import MetricsSnapshots
 from sagecp.rpc.servicers.paging import page_token
+from sagecp.rpc.servicers.planning import PlanAnswers
 from sagecp.runtime.manager import ControlPlaneManager
 from sagecp.v1 import admin_service_pb2 as pb
 from sagecp.v1 import admin_service_pb2_grpc, scheduling_pb2
@@ -33,6 +34,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def __init__(self, manager: ControlPlaneManager) -> None:
         self._manager = manager
         self._metrics = MetricsSnapshots(manager)
+        self._plans = PlanAnswers(prices=manager.scheduler.config.prices.by_kind())
 
     def close_watches(self) -> None:
         """End every stream of metrics, so that a stopping server need not wait for its readers."""
@@ -119,8 +121,8 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     async def PlanParallelism(
         self, request: pb.PlanParallelismRequest, context: Context
     ) -> pb.PlanParallelismResponse:
-        """Say how to spread a model over GPUs. Not in this version."""
-        raise NotImplementedYetError("PlanParallelism is not implemented by this version")
+        """Say how to spread a model over GPUs."""
+        return await self._plans.answer(request)
 
     async def ForecastLoad(
         self, request: pb.ForecastLoadRequest, context: Context
