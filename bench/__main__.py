@@ -25,6 +25,7 @@ _RUNS: dict[str, tuple[list[str], list[str]]] = {
     "tracing": ([], ["--requests", "500", "--rounds", "2"]),
     "kv_events": ([], ["--blocks", "20000", "--rounds", "2"]),
     "plan_memory": ([], []),
+    "cost_accuracy": ([], []),
     "plan_time": ([], []),
     "plan_search": ([], []),
     "plan_regret": ([], ["--quick"]),

@@ -9,8 +9,9 @@ figure for a plan's goodput is from the simulated one, over all plans that have 
 and the regret when a plan's closer look at its best four has the last word
 (`sagecp plan --check`)::
 
-    python -m bench.plan_regret            # minutes
-    python -m bench.plan_regret --quick    # three spaces
+    python -m bench.plan_regret               # minutes
+    python -m bench.plan_regret --quick       # three spaces
+    python -m bench.plan_regret --random 20   # spaces that nobody chose
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sagecp.core.gpu_specifications import require_gpu
@@ -33,8 +35,6 @@ from sagecp.core.parallelism.workload import LengthSample, PlanGoal, PlanObjecti
 from sagecp.sim.fleet.plan_simulation import PlanSimulation
 
 TARGET = 0.05
-# Plans that are simulated: those whose price per good request is within this many times the best's.
-LARGEST_RATIO = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,44 @@ SPACES = (
 )
 QUICK = SPACES[:1] + SPACES[7:8] + SPACES[12:13]
 
+# Of each: a model, a GPU and how many of them.
+_RANDOM_FLEETS = (
+    ("llama-3.2-3b", "L4-24GB", 4),
+    ("qwen2.5-7b", "A10G-24GB", 8),
+    ("llama-3.1-8b", "H100-SXM-80GB", 4),
+    ("llama-3.1-8b", "A100-SXM-80GB", 8),
+    ("llama-3.1-8b", "L40S-48GB", 4),
+    ("qwen2.5-14b", "A100-SXM-40GB", 4),
+    ("qwen2.5-32b", "H100-SXM-80GB", 4),
+    ("llama-3.1-70b", "H100-SXM-80GB", 8),
+    ("llama-3.1-70b", "H200", 8),
+    ("llama-3.1-70b", "A100-SXM-80GB", 8),
+    ("mixtral-8x7b", "A100-SXM-80GB", 8),
+    ("qwen3-30b-a3b", "H100-SXM-80GB", 4),
+)
+
+
+def random_spaces(count: int, seed: int) -> Iterator[Space]:
+    """Yield spaces with lengths, objectives and arrivals drawn on logarithmic scales."""
+    draw = random.Random(seed)
+
+    def between(low: float, high: float) -> float:
+        return float(f"{math.exp(draw.uniform(math.log(low), math.log(high))):.2g}")
+
+    for _ in range(count):
+        model, gpu, gpu_count = draw.choice(_RANDOM_FLEETS)
+        yield Space(
+            model,
+            gpu,
+            gpu_count,
+            between(100, 8000),
+            between(20, 1000),
+            between(0.2, 5.0),
+            between(0.015, 0.2),
+            draw.choice((1.0, 1.0, 2.0)),
+            between(0.3, 1.0),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -114,7 +152,7 @@ class Outcome:
 
 
 def try_all(space: Space, *, request_count: int = 1500) -> Outcome:
-    """Plan for a space, and simulate every plan that could be the best."""
+    """Plan for a space, and simulate every plan."""
     model = find_model(space.model)
     assert model is not None
     gpu = require_gpu(space.gpu)
@@ -124,7 +162,6 @@ def try_all(space: Space, *, request_count: int = 1500) -> Outcome:
     workload = space.workload()
     result = search_plans(model, (pool,), workload, objectives, PlanGoal.GOODPUT_PER_USD, options)
     assert result.recommended is not None, result.summary
-    most = result.plans[0].goodput_per_usd
     per_usd: list[tuple[float, PlanEstimate]] = []
     errors = []
     for plan in result.plans:
@@ -137,8 +174,6 @@ def try_all(space: Space, *, request_count: int = 1500) -> Outcome:
             objectives,
             request_count=request_count,
         )
-        if most > 0.0 and plan.goodput_per_usd < most / LARGEST_RATIO:
-            continue
         goodput = simulation.goodput(plan.goodput or 0.1)
         per_usd.append((goodput / plan.usd_per_hour, plan))
         if goodput > 0.0:
@@ -161,9 +196,14 @@ def try_all(space: Space, *, request_count: int = 1500) -> Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Hold the planner's choices against the simulator.")
     parser.add_argument("--quick", action="store_true", help="three spaces")
+    parser.add_argument("--random", type=int, metavar="COUNT", help="so many spaces drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     arguments = parser.parse_args()
     outcomes = []
-    for space in QUICK if arguments.quick else SPACES:
+    spaces: Iterable[Space] = QUICK if arguments.quick else SPACES
+    if arguments.random:
+        spaces = random_spaces(arguments.random, arguments.seed)
+    for space in spaces:
         start_s = time.process_time()
         outcome = try_all(space)
         outcomes.append(outcome)

@@ -1,69 +1,87 @@
-"""How long the planner takes, from one GPU to 64 in eight nodes, with models up to 671B::
+"""How long the planner takes: CPU time of a search, of the largest case and of usual ones.
 
-python -m bench.plan_search
+    python -m bench.plan_search
+
+The largest is a mixture of 671 billion parameters on 64 GPUs in 8 nodes, whose target is two
+seconds. A search answers one question (`sagecp plan`, `PlanParallelism`); the best of some runs
+counts, because others may use the machine.
 """
 
 from __future__ import annotations
 
-import random
-import statistics
+import argparse
 import time
+from collections.abc import Callable
 
 from sagecp.core.gpu_specifications import require_gpu
 from sagecp.core.parallelism.engine_options import EngineOptions
+from sagecp.core.parallelism.estimates import PlanningResult
 from sagecp.core.parallelism.gpu_pool import GpuPool
 from sagecp.core.parallelism.known_models import find_model
+from sagecp.core.parallelism.length_spread import spread_lengths
 from sagecp.core.parallelism.search import search_plans
-from sagecp.core.parallelism.workload import LengthSample, PlanGoal, PlanObjectives, Workload
+from sagecp.core.parallelism.workload import PlanGoal, PlanObjectives, Workload
 
 TARGET_S = 2.0
-REPETITION_COUNT = 5
+LARGEST = "deepseek-v3"
+_RUN_COUNT = 3
+_WORKLOAD = Workload(samples=spread_lengths(2000, 500))
+_OBJECTIVES = PlanObjectives(ttft_s=2.0, tpot_s=0.1)
+
+# Model, GPU, GPUs per node, nodes, requests per second (0: as many as can be).
 CASES = (
-    ("llama-3.1-8b", "L4-24GB", 1, 1),
-    ("llama-3.1-8b", "H100-SXM-80GB", 8, 1),
-    ("llama-3.1-70b", "H100-SXM-80GB", 8, 2),
-    ("llama-3.1-405b", "H100-SXM-80GB", 8, 4),
-    ("mixtral-8x7b", "A100-SXM-80GB", 8, 1),
-    ("qwen3-235b-a22b", "H100-SXM-80GB", 8, 4),
-    ("deepseek-v3", "H200", 8, 2),
-    ("deepseek-v3", "H100-SXM-80GB", 8, 8),
+    ("llama-3.1-8b", "H100", 8, 1, 0.0),
+    ("llama-3.1-70b", "H100", 8, 2, 10.0),
+    ("mixtral-8x7b", "A100", 8, 2, 0.0),
+    (LARGEST, "H100", 8, 8, 0.0),
+    (LARGEST, "H100", 8, 8, 20.0),
+    (LARGEST, "H200", 8, 8, 0.0),
+    (LARGEST, "H200", 8, 8, 20.0),
+    # Nothing fits: what would make it possible is looked for.
+    (LARGEST, "L4", 8, 1, 0.0),
 )
 
 
-def workload() -> Workload:
-    """Return a thousand kinds of requests, as a trace gives them."""
-    draw = random.Random(1)
-    samples = tuple(
-        LengthSample(
-            max(1, round(draw.lognormvariate(7.0, 1.0))), max(1, round(draw.lognormvariate(5.5, 0.8)))
-        )
-        for _ in range(1000)
-    )
-    return Workload(samples=samples, request_rate=20.0)
+def question(
+    model_name: str, gpu: str, per_node_count: int, node_count: int, rate: float, goal: PlanGoal
+) -> Callable[[], PlanningResult]:
+    """Return the search, ready to run."""
+    model = find_model(model_name)
+    assert model is not None
+    pool = GpuPool(gpu=require_gpu(gpu), gpus_per_node_count=per_node_count, node_count=node_count)
+    workload = Workload(samples=_WORKLOAD.samples, request_rate=rate or None)
+    return lambda: search_plans(model, (pool,), workload, _OBJECTIVES, goal, EngineOptions())
 
 
-def main() -> None:
-    traffic = workload()
-    objectives = PlanObjectives(ttft_s=2.0, tpot_s=0.05)
-    print(f"{'model':>18} {'GPUs':>28} | {'plans':>5} {'rejected':>8} | CPU, median of {REPETITION_COUNT}")
-    for name, gpu, count, nodes in CASES:
-        model = find_model(name)
-        assert model is not None
-        pool = GpuPool(gpu=require_gpu(gpu), gpus_per_node_count=count, node_count=nodes)
-        times = []
-        for _ in range(REPETITION_COUNT):
-            start_s = time.process_time()
-            result = search_plans(
-                model, (pool,), traffic, objectives, PlanGoal.GOODPUT_PER_USD, EngineOptions()
+def main() -> int:
+    """Run every case; return 1 if the largest took longer than its target."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    print(f"{'model':<14} {'GPUs':<10} {'req/s':>6} {'goal':<16} {'plans':>5} {'rejected':>8} {'CPU s':>6}")
+    slowest_s = 0.0
+    for model, gpu, per_node_count, node_count, rate in CASES:
+        for goal in (PlanGoal.GOODPUT_PER_USD, PlanGoal.CHEAPEST):
+            ask = question(model, gpu, per_node_count, node_count, rate, goal)
+            times_s = []
+            for _ in range(_RUN_COUNT):
+                start_s = time.process_time()
+                result = ask()
+                times_s.append(time.process_time() - start_s)
+            if model == LARGEST:
+                slowest_s = max(slowest_s, min(times_s))
+            gpus = f"{node_count}x{per_node_count}x{gpu}"
+            print(
+                f"{model:<14} {gpus:<10} {rate or 'any':>6} {goal.value:<16} "
+                f"{len(result.plans):>5} {len(result.rejected):>8} {min(times_s):>6.2f}",
+                flush=True,
             )
-            times.append(time.process_time() - start_s)
-        median_s = statistics.median(times)
-        verdict = (
-            f"target {TARGET_S:g} s: {'met' if median_s <= TARGET_S else 'MISSED'}" if nodes == 8 else ""
-        )
-        counts = f"{len(result.plans):5} {len(result.rejected):8}"
-        print(f"{name:>18} {pool!s:>28} | {counts} | {median_s:.2f} s  {verdict}")
+    met = slowest_s <= TARGET_S
+    print(
+        f"\nlargest case: at most {slowest_s:.2f} s of CPU ({'within' if met else 'beyond'} {TARGET_S:g} s)"
+    )
+    return 0 if met else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -19,6 +19,7 @@ from typing import Any
 
 from sagecp.core.config import SchedulerConfig
 from sagecp.core.errors import FieldViolation, InvalidRequestError
+from sagecp.core.prices import GpuPrices
 from sagecp.core.settings import PARAMETERS
 
 DEFAULT_PORT = 50051
@@ -226,6 +227,7 @@ class ServerConfig:
     journal: JournalConfig = field(default_factory=JournalConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)
     console: ConsoleConfig = field(default_factory=ConsoleConfig)
+    prices: GpuPrices = field(default_factory=GpuPrices)
 
     def validate(self) -> ServerConfig:
         """Return self if every setting is usable.
@@ -286,6 +288,9 @@ class ServerConfig:
             violations += _check_numbers(prefix, section)
         violations += _check_journal(self.journal, self.max_message_bytes)
         violations += self.tracing.violations()
+        violations += [
+            FieldViolation(f"prices.{each.field}", each.description) for each in self.prices.violations()
+        ]
         violations += [
             FieldViolation(f"scheduler.queue_shares.{each.field}", each.description)
             for each in self.scheduler.queue_shares.violations()
@@ -404,6 +409,10 @@ def load_config(path: Path) -> ServerConfig:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError([FieldViolation(str(path), f"cannot be read as TOML: {error}")]) from error
     violations: list[FieldViolation] = []
+    scheduler = tables.get("scheduler")
+    if isinstance(scheduler, dict) and scheduler.pop("prices", None) is not None:
+        # The core has them among its own, so that a log of its events is complete.
+        violations.append(FieldViolation("scheduler.prices", "is not a setting; prices are in [prices]"))
     config = _build(ServerConfig, tables, "", violations)
     if violations:
         raise ConfigError(violations)

@@ -74,10 +74,13 @@ def show_explanation(message: inference_service_pb2.ExplainRequestResponse) -> N
 def show_heading(message: inference_service_pb2.ExplainRequestResponse) -> None:
     """Print which request it is, and how it is."""
     from sagecp.cli import render
+    from sagecp.cli.requests_view import cost_text
     from sagecp.client import convert
 
     status = convert.request_status(message.request)
     click.echo(f"{status.request_id} {render.state_text(status.state.name)}")
+    if cost := cost_text(status):
+        click.echo(f"cost: {cost}")
     if not message.decisions:
         click.echo("not dispatched so far")
 

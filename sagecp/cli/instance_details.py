@@ -14,7 +14,7 @@ from sagecp.cli.output import is_for_programs, print_object
 from sagecp.client import convert
 from sagecp.client.values import Instance
 from sagecp.core.engine_state import EngineProcess, EngineProcessState
-from sagecp.core.types import DurationQuantiles
+from sagecp.core.types import DurationQuantiles, PriceSource
 from sagecp.v1 import instance_pb2
 
 # The way of a heartbeat is in the offset, so less than this is nothing to tell.
@@ -64,7 +64,7 @@ def _what_it_is(instance: Instance) -> list[tuple[str, str]]:
         ("context", _tokens(spec.max_context_token_count)),
         ("KV capacity", _tokens(spec.key_value_token_capacity)),
         ("LoRA", _adapters_text(instance)),
-        ("price", f"{spec.usd_per_gpu_hour:g} USD per GPU and hour" if spec.usd_per_gpu_hour else ""),
+        ("price", _price_text(instance)),
         ("labels", render.wrapped(_mapping(spec.labels), _NAMES_WIDTH)),
     ]
 
@@ -93,6 +93,25 @@ def _how_it_does(instance: Instance) -> list[tuple[str, str]]:
         ("engine says", _gauges_text(instance)),
         ("GPUs", "" if instance.gpus else instance.gpu_absent_reason),
     ]
+
+
+_PRICE_SOURCES = {
+    PriceSource.INSTANCE: "stated by the instance",
+    PriceSource.GPU_KIND: "configured for its kind of GPU",
+    PriceSource.DEFAULT: "the configured default",
+    PriceSource.USUAL: "the usual rent of its kind of GPU",
+}
+
+
+def _price_text(instance: Instance) -> str:
+    price = instance.price
+    if price is None:
+        return ""
+    source = _PRICE_SOURCES.get(price.source)
+    text = f"{price.usd_per_gpu_hour:g} USD per GPU and hour{f', {source}' if source else ''}"
+    if price.busy_usd or price.idle_usd:
+        text += f"; {render.usd(price.busy_usd)} busy, {render.usd(price.idle_usd)} idle since it registered"
+    return text
 
 
 def _clock_text(offset_s: float | None) -> str:

@@ -62,6 +62,7 @@ def show(snapshot: metrics_pb2.MetricsSnapshot, group_by: str, output: str) -> N
                 f"{overall.requests_per_second:.3g} requests/s, {overall.tokens_per_second:.4g} tokens/s",
             ),
             ("objectives", _objectives(overall)),
+            ("cost", _cost(overall)),
             ("GPUs", _gpus(overall)),
             ("window", render.duration(figures.window_s)),
         ]
@@ -103,12 +104,25 @@ def _objectives(metrics: PerformanceMetrics) -> str:
     )
 
 
+def _cost(metrics: PerformanceMetrics) -> str:
+    if metrics.cost_usd is None:
+        return ""
+    price = metrics.usd_per_million_output_tokens
+    per_token = "" if price is None else f", {render.usd(price)} per million output tokens"
+    return f"{render.usd(metrics.cost_usd)} of requests that ended in the window{per_token}"
+
+
 def _gpus(metrics: PerformanceMetrics) -> str:
     if metrics.average_gpu_utilization is None and metrics.total_gpu_memory_gb is None:
         return "none reports"
     used, total = metrics.used_gpu_memory_gb, metrics.total_gpu_memory_gb
     memory = f", {used or 0:.1f} of {total:.1f} GiB used" if total is not None else ""
     return f"{render.percent(metrics.average_gpu_utilization)} busy{memory}"
+
+
+def _per_million(metrics: PerformanceMetrics) -> str:
+    price = metrics.usd_per_million_output_tokens
+    return render.NONE if price is None else f"{price:.3g}"
 
 
 def _show_groups(dimension: str, groups: dict[str, PerformanceMetrics]) -> None:
@@ -118,12 +132,17 @@ def _show_groups(dimension: str, groups: dict[str, PerformanceMetrics]) -> None:
     def tail(quantiles: DurationQuantiles) -> str:
         return render.duration(quantiles.p99_s) if quantiles.sample_count else render.NONE
 
-    # With the medians and 99th percentiles of the figures above, within 80 columns.
-    titles = ("DONE", "FAIL", "RUN", "TOK/S", "TTFT50", "TTFT99", "TPOT50", "E2E50", "E2E99")
+    # With the medians and 99th percentiles of the figures above, within 80 columns; where there are
+    # prices, cost as well, for which some of them make room.
+    titles = ["DONE", "FAIL", "RUN", "TOK/S", "TTFT50", "TTFT99", "TPOT50", "E2E50", "E2E99"]
+    has_costs = any(each.cost_usd is not None for each in groups.values())
+    if has_costs:
+        titles += ["COST", "$/MTOK"]
+    optional = {"TTFT50", "E2E50", "FAIL", "RUN"} if has_costs else set()
     render.print_table(
         (
             render.Column(dimension.upper(), flexible=True),
-            *(render.Column(title, right=True) for title in titles),
+            *(render.Column(title, right=True, optional=title in optional) for title in titles),
         ),
         [
             (
@@ -137,6 +156,7 @@ def _show_groups(dimension: str, groups: dict[str, PerformanceMetrics]) -> None:
                 median(each.tpot),
                 median(each.latency),
                 tail(each.latency),
+                *([render.usd(each.cost_usd), _per_million(each)] if has_costs else []),
             )
             for value, each in sorted(groups.items())
         ],

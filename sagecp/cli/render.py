@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import io
+import math
 import os
 import re
 import shutil
@@ -275,6 +276,15 @@ def compact(number: float | None) -> str:
         if abs(number) >= limit:
             return f"{number / limit:.3g}{unit}"
     return f"{number:.0f}"
+
+
+def usd(value: float | None) -> str:
+    """Return US dollars: whole cents, and of less than a dollar three digits that say something."""
+    if value is None:
+        return NONE
+    size = abs(value)
+    decimals = 2 if size >= 1.0 or size < 1e-12 else min(12, 2 - math.floor(math.log10(size)))
+    return f"${value:,.{decimals}f}"
 
 
 def percent(share: float | None) -> str:

@@ -44,6 +44,10 @@ def _until(
     )
 
 
+def _cost_usd(status: RequestStatus) -> float | None:
+    return None if status.cost is None else status.cost.actual_usd
+
+
 REQUEST_FIELDS: tuple[Field[RequestStatus], ...] = (
     _text("REQUEST", lambda status: status.request_id),
     _text("STATE", lambda status: status.state.name, state=True),
@@ -69,6 +73,12 @@ REQUEST_FIELDS: tuple[Field[RequestStatus], ...] = (
     _count("OUT", lambda status: status.usage.completion_token_count),
     _count("AHEAD", lambda status: status.queue_position, wide=True),
     _count("ATTEMPTS", lambda status: len(status.attempts), wide=True),
+    Field(
+        render.Column("COST", right=True),
+        lambda status: render.usd(_cost_usd(status)),
+        _cost_usd,
+        wide=True,
+    ),
     _text("INSTANCE", lambda status: status.instance_id, flexible=True),
     _text("FINISH", lambda status: status.finish_reason, wide=True),
     _text(

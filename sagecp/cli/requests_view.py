@@ -222,6 +222,7 @@ def show_one(message: request_pb2.Request, output: str) -> None:
             ("session", status.session_id),
             ("instance", status.instance_id),
             ("tokens", usage_text(status)),
+            ("cost", cost_text(status)),
             ("finish reason", status.finish_reason),
             ("created", f"{render.clock_time(created)}, {render.age(created)} ago"),
             ("dispatched", _after(created, status.dispatch_time_s)),
@@ -240,6 +241,20 @@ def usage_text(status: RequestStatus) -> str:
     cached = used.cached_prompt_token_count
     hit = f" ({render.count(cached)} from the prefix cache)" if cached else ""
     return f"{render.count(used.prompt_token_count)} in{hit}, {render.count(used.completion_token_count)} out"
+
+
+def cost_text(status: RequestStatus) -> str:
+    """Return what a request cost so far, and what was predicted; ``""``: no price is known."""
+    cost = status.cost
+    if cost is None:
+        return ""
+    parts = []
+    if cost.actual_usd is not None:
+        parts.append(f"{render.usd(cost.actual_usd)}{'' if status.state.is_terminal else ' so far'}")
+    if cost.predicted_p50_usd:
+        low, high = render.usd(cost.predicted_p10_usd), render.usd(cost.predicted_p90_usd)
+        parts.append(f"predicted {render.usd(cost.predicted_p50_usd)} ({low} to {high})")
+    return ", ".join(parts)
 
 
 def _after(start_s: float, moment_s: float | None) -> str:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from google.protobuf.message import Message
 
 from sagecp.client.errors import invalid_argument
-from sagecp.client.values import Chunk, Drain, Instance, Metrics, Sleep
+from sagecp.client.values import Chunk, Drain, Instance, Metrics, Price, Sleep
 from sagecp.core.errors import ErrorReason, Failure, FieldViolation
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
 from sagecp.core.prediction.step_time import StepTimeParameters
@@ -21,7 +21,9 @@ from sagecp.core.types import (
     InstanceState,
     LoopStatus,
     PerformanceMetrics,
+    PriceSource,
     RecentFault,
+    RequestCost,
     RequestPriority,
     RequestState,
     RequestStatus,
@@ -130,6 +132,16 @@ def request_status(message: request_pb2.Request) -> RequestStatus:
         failure=_failure_or_none(message),
         queue_position=_given(message, "queue_position"),
         labels=dict(message.labels),
+        cost=_cost(message.cost) if message.HasField("cost") else None,
+    )
+
+
+def _cost(message: request_pb2.RequestCost) -> RequestCost:
+    return RequestCost(
+        predicted_p10_usd=message.predicted_p10_usd,
+        predicted_p50_usd=message.predicted_p50_usd,
+        predicted_p90_usd=message.predicted_p90_usd,
+        actual_usd=_given(message, "actual_usd"),
     )
 
 
@@ -223,6 +235,20 @@ def instance(message: instance_pb2.Instance) -> Instance:
         refused_heartbeat_count=message.refused_heartbeat_count,
         heartbeat_refusal=message.heartbeat_refusal,
         agent_version=message.agent_version,
+        price=_price(message.price) if message.HasField("price") else None,
+    )
+
+
+def _price(message: instance_pb2.InstancePrice) -> Price:
+    try:
+        source = PriceSource(message.source)
+    except ValueError:
+        source = PriceSource.UNKNOWN
+    return Price(
+        usd_per_gpu_hour=message.usd_per_gpu_hour,
+        source=source,
+        busy_usd=message.busy_usd,
+        idle_usd=message.idle_usd,
     )
 
 
@@ -348,6 +374,8 @@ def performance(message: metrics_pb2.PerformanceMetrics) -> PerformanceMetrics:
         used_gpu_memory_gb=_given(message, "used_gpu_memory_gib"),
         slo_violations=message.slo_violation_count,
         slo_compliance_rate=_given(message, "slo_compliance_rate"),
+        cost_usd=_given(message, "cost_usd"),
+        usd_per_million_output_tokens=_given(message, "usd_per_million_output_tokens"),
     )
 
 

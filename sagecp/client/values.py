@@ -17,6 +17,7 @@ from sagecp.core.types import (
     OpenAiApi,
     ParallelismType,
     PerformanceMetrics,
+    PriceSource,
     RequestPriority,
     RequestState,
     RequestStatus,
@@ -266,6 +267,23 @@ class Sleep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What an instance costs, US dollars.
+
+    Attributes:
+        usd_per_gpu_hour: One of its GPUs for an hour.
+        source: Where that comes from.
+        busy_usd: What its time cost while it ran requests, since it registered.
+        idle_usd: What its time cost while it ran none.
+    """
+
+    usd_per_gpu_hour: float
+    source: PriceSource
+    busy_usd: float = 0.0
+    idle_usd: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
     """An instance as the control plane sees it. Times are Unix seconds; ``None`` is unknown.
 
@@ -284,6 +302,7 @@ class Instance:
         clock_offset_s: How far the clock of its agent is ahead of the control plane's.
         refused_heartbeat_count: Heartbeats of it that were refused.
         heartbeat_refusal: Why the last one was.
+        price: The price in force; ``None``: no price is known.
     """
 
     spec: ExecutionInstance
@@ -311,6 +330,7 @@ class Instance:
     refused_heartbeat_count: int = 0
     heartbeat_refusal: str = ""
     agent_version: str = ""
+    price: Price | None = None
 
     @property
     def instance_id(self) -> str:

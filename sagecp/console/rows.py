@@ -157,6 +157,8 @@ def request_values(status: RequestStatus) -> dict[str, Any]:
         "end_time": status.end_time_s,
         "output_tokens": status.usage.completion_token_count,
         "prompt_tokens": status.usage.prompt_token_count,
+        "cost_usd": None if status.cost is None else status.cost.actual_usd,
+        "predicted_cost_usd": None if status.cost is None else status.cost.predicted_p50_usd or None,
         "failure": status.failure.message if status.failure is not None else "",
         "attempts": len(status.attempts),
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sagecp.core.health_limits import HealthLimits
+from sagecp.core.prices import GpuPrices
 from sagecp.core.shedding import ClassShares
 
 
@@ -28,6 +29,7 @@ class SchedulerConfig:
         lease_duration_s: How long an instance with an agent lives without a heartbeat.
         lost_retention_s: How long a LOST instance stays listed.
         health: When instances are kept out of the rotation, and for how long.
+        prices: Of GPUs whose instances state none.
         seed: Of the core's random generator.
     """
 
@@ -45,4 +47,5 @@ class SchedulerConfig:
     lease_duration_s: float = 6.0
     lost_retention_s: float = 600.0
     health: HealthLimits = field(default_factory=HealthLimits)
+    prices: GpuPrices = field(default_factory=GpuPrices)
     seed: int = 0

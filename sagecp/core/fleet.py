@@ -18,6 +18,7 @@ from sagecp.core.instance_health import InstanceHealth
 from sagecp.core.instance_load import InstanceLoad
 from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.prediction.book import PredictionBook
+from sagecp.core.prices import GpuPrices
 from sagecp.core.request import RequestRecord
 from sagecp.core.token_limits import TokenLimits
 from sagecp.core.types import ExecutionInstance, InstanceState
@@ -80,6 +81,7 @@ class Fleet:
         default_concurrency_limit: For instances that do not say theirs.
         book: What is known of instances of their kinds.
         health_limits: When they are kept out of the rotation.
+        prices: Of GPUs whose instances state none.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class Fleet:
         default_concurrency_limit: int,
         book: PredictionBook | None = None,
         health_limits: HealthLimits | None = None,
+        prices: GpuPrices | None = None,
     ) -> None:
+        self._prices = prices or GpuPrices()
         self._book = book or PredictionBook()
         self._health_limits = health_limits or HealthLimits()
         self._instances: dict[str, InstanceRecord] = {}
@@ -351,7 +355,14 @@ class Fleet:
         load = InstanceLoad(self._book.kind_of(spec), now)
         health = InstanceHealth(self._health_limits)
         record = InstanceRecord(
-            spec, incarnation, now, self._default_limit, load, health, self._health_limits
+            spec,
+            incarnation,
+            now,
+            self._default_limit,
+            load,
+            health,
+            self._health_limits,
+            self._prices.price_of(spec),
         )
         self.membership_version += 1
         earlier = previous or self._departed.pop(spec.instance_id, None)

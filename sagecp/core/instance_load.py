@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sagecp.core.prediction.book import InstanceKind
 from sagecp.core.prediction.placement import BATCH_TOKEN_COUNT
 from sagecp.core.prediction.residual import Residual
+from sagecp.core.prediction.step_time_accuracy import RunningRatio
 
 # Time constant of the share of time that goes to prefill.
 PREFILL_SHARE_TIME_S = 5.0
@@ -151,6 +152,9 @@ class InstanceLoad:
     Args:
         kind: What is known of instances like it.
         now: The time.
+
+    Attributes:
+        planned_ratio: Observed by planned step time of this instance alone.
     """
 
     __slots__ = (
@@ -171,6 +175,7 @@ class InstanceLoad:
         "_view",
         "_view_s",
         "kind",
+        "planned_ratio",
         "tpot",
         "ttft",
     )
@@ -179,6 +184,7 @@ class InstanceLoad:
         self.kind = kind
         self.ttft = Residual()
         self.tpot = Residual()
+        self.planned_ratio = RunningRatio()
         self._prefills: dict[str, _Prefill] = {}
         self._decodes: dict[str, _Decode] = {}
         self._prefill_free_s = now
@@ -341,6 +347,7 @@ class InstanceLoad:
         self._stretch = _Stretch(now)
         self.ttft = Residual()
         self.tpot = Residual()
+        self.planned_ratio = RunningRatio()
 
     # -- inside --------------------------------------------------------------------
 
@@ -399,6 +406,9 @@ class InstanceLoad:
         raw_s = steps * step.step_s(tokens / steps, stretch.mean_context)
         raw_s += step.attention_per_token_pair_s * stretch.pairs
         if raw_s > 0.0:
+            self.kind.accuracy.observe_prefill(
+                duration_s, steps, tokens, stretch.mean_context, stretch.pairs, self.planned_ratio
+            )
             self.ttft.observe(raw_s, duration_s, now)
             if not self.kind.trusted or _TYPICAL[0] < self.ttft.factor(now) < _TYPICAL[1]:
                 self.kind.model.observe_prefill(duration_s, steps, tokens, context, stretch.pairs)
@@ -417,6 +427,7 @@ class InstanceLoad:
         context = (self._context_integral - decode.context_integral) / duration_s
         predicted_s = self.kind.model.parameters.decode_step_s(count, context)
         if predicted_s > 0.0:
+            self.kind.accuracy.observe_decode(step_s, count, context, self.planned_ratio)
             self.tpot.observe(predicted_s, step_s, now)
             if not self.kind.trusted or _TYPICAL[0] < self.tpot.factor(now) < _TYPICAL[1]:
                 self.kind.model.observe_decode(step_s, count, context)

@@ -7,12 +7,15 @@ import math
 from sagecp.core.agent_clock import AgentClock
 from sagecp.core.drain_order import DrainOrder
 from sagecp.core.engine_state import EngineProcess, LoraAdapter
+from sagecp.core.engine_time import EngineTimeMeter
 from sagecp.core.gpu import GpuFault
 from sagecp.core.gpu_faults import GpuWatch
 from sagecp.core.health_limits import HealthLimits
 from sagecp.core.instance_health import InstanceHealth
 from sagecp.core.instance_load import InstanceLoad
 from sagecp.core.least_value import LeastValue
+from sagecp.core.prediction.residual import Residual
+from sagecp.core.prices import GpuPrice, GpuPrices
 from sagecp.core.request import RequestRecord
 from sagecp.core.request_counts import RequestCounts
 from sagecp.core.states import INSTANCE_TRANSITIONS, StateMachine
@@ -52,6 +55,11 @@ class InstanceRecord:
         lost_s: When it was last LOST; ``None``: never.
         forget_s: When it is no longer listed, while it is LOST.
         load: Its work and its speed, by estimate.
+        price: What one of its GPUs costs.
+        usd_per_hour: What all of them cost; 0: unknown.
+        meter: Whose its time was, and what that cost.
+        cost_residual: How many times the predicted part of its time requests are charged for.
+        cost_observe_s: From when on the next request is compared with what was predicted.
         gate_closed: It has as much prefill work as it can usefully hold: what more there
             is waits here, where it can still be ordered and placed.
         gate_opens_s: When that should be over, on the core's clock.
@@ -77,6 +85,7 @@ class InstanceRecord:
         load: InstanceLoad,
         health: InstanceHealth | None = None,
         health_limits: HealthLimits | None = None,
+        price: GpuPrice | None = None,
     ) -> None:
         self.spec = spec
         self.instance_id = spec.instance_id
@@ -120,7 +129,11 @@ class InstanceRecord:
         self.load = load
         self.gate_closed = False
         self.gate_opens_s = -math.inf
-        self.usd_per_hour = (spec.usd_per_gpu_hour or 0.0) * max(1, spec.gpu_count)
+        self.price = price or GpuPrices().price_of(spec)
+        self.usd_per_hour = (self.price.usd_per_gpu_hour or 0.0) * max(1, spec.gpu_count)
+        self.meter = EngineTimeMeter(self.usd_per_hour, now)
+        self.cost_residual = Residual()
+        self.cost_observe_s = -math.inf
         self.latency_estimate_s: float | None = None
         self.ttft_estimate_s: float | None = None
         self.tpot_estimate_s: float | None = None
@@ -225,6 +238,9 @@ class InstanceRecord:
         if self.load.kind is previous.load.kind:
             self.load = previous.load
             self.gate_closed, self.gate_opens_s = previous.gate_closed, previous.gate_opens_s
+        self.meter = previous.meter
+        self.meter.set_price(self.usd_per_hour, self.register_s)
+        self.cost_residual = previous.cost_residual
         self.latency_estimate_s = previous.latency_estimate_s
         self.ttft_estimate_s = previous.ttft_estimate_s
         self.tpot_estimate_s = previous.tpot_estimate_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from sagecp.core.prediction.cost import CostBasis, CostQuantiles
 from sagecp.core.prompt_digest import digest_prompt
 from sagecp.core.prompt_size import payload_size_bytes
 from sagecp.core.states import REQUEST_TRANSITIONS, StateMachine
@@ -58,11 +59,16 @@ class RequestRecord:
         prefix_generation: Of the cache that it holds them in.
         predicted_ttft_s: At the present or last dispatch, from then on.
         predicted_tpot_s: Likewise.
+        cost_basis: What its cost was predicted from at the present or last dispatch; ``None``: no
+            price was known.
+        predicted_cost: What was predicted from that, once it has ended and somebody asked.
+        spent_usd: What attempts that are over cost; ``None``: no price is known.
     """
 
     __slots__ = (
         "arrival_s",
         "attempt_first_token_s",
+        "cost_basis",
         "cost_s",
         "deadline_s",
         "decisions",
@@ -84,6 +90,7 @@ class RequestRecord:
         "model",
         "output_token_count",
         "pinned_block_count",
+        "predicted_cost",
         "predicted_tpot_s",
         "predicted_ttft_s",
         "prefix_generation",
@@ -91,6 +98,7 @@ class RequestRecord:
         "queue_ticket",
         "sequence",
         "size_bytes",
+        "spent_usd",
         "tpot_objective_s",
         "ttft_objective_s",
         "wait_until_s",
@@ -145,6 +153,9 @@ class RequestRecord:
         self.prefix_generation = 0
         self.predicted_ttft_s = 0.0
         self.predicted_tpot_s = 0.0
+        self.cost_basis: CostBasis | None = None
+        self.predicted_cost: CostQuantiles | None = None
+        self.spent_usd: float | None = None
         # Set by the queue, 0 outside of it; lets it delete lazily.
         self.queue_ticket = 0
         self.machine = StateMachine(

@@ -16,6 +16,7 @@ from sagecp.core import events as ev
 from sagecp.core.adaptation import AdaptationBook
 from sagecp.core.admission import Admission
 from sagecp.core.config import SchedulerConfig
+from sagecp.core.cost_book import CostBook
 from sagecp.core.deadlines import DeadlineHeap
 from sagecp.core.dispatcher import Dispatcher
 from sagecp.core.drain import DrainBook
@@ -36,12 +37,13 @@ from sagecp.core.policies.adaptive import AdaptivePolicy
 from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.prediction.learning import learn_output
 from sagecp.core.prediction.placement import predict
+from sagecp.core.prediction.step_time_accuracy import PlannedStepTime
 from sagecp.core.prefix_index import PrefixIndex
 from sagecp.core.request import RequestRecord
 from sagecp.core.request_queue import RequestQueue
 from sagecp.core.service_books import ServiceBooks
 from sagecp.core.settings import SettingsHistory
-from sagecp.core.types import RequestState, SchedulingDecision
+from sagecp.core.types import ExecutionInstance, RequestState, SchedulingDecision
 from sagecp.core.waiting_line import WaitingLine
 
 
@@ -52,19 +54,28 @@ class Scheduler:
 
     Args:
         config: Bounds and names.
+        planned_for: Says which step times were planned for an instance; ``None``: nobody does.
 
     Raises:
         UnknownNameError: A name of the configuration is not known.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        planned_for: Callable[[ExecutionInstance], PlannedStepTime | None] | None = None,
+    ) -> None:
         self.config = config
         self.settings = SettingsHistory(
             config.scheduling_policy, config.routing_strategy, config.load_balancer, config.parameters
         )
-        self.book = PredictionBook()
+        self.book = PredictionBook(planned_for)
         self.fleet = Fleet(
-            config.max_instance_count, config.default_concurrency_limit, self.book, config.health
+            config.max_instance_count,
+            config.default_concurrency_limit,
+            self.book,
+            config.health,
+            config.prices,
         )
         self.prefixes = PrefixIndex()
         self.cache_reports = KvCacheReports(self.prefixes)
@@ -82,6 +93,9 @@ class Scheduler:
         self.adaptation.configure(self.settings.current.values, 0.0)
         self._dispatcher.configure(self.settings.current, self.adaptation.verdict)
         self._admission = Admission(self.fleet, self.queue, self.prefixes, self.book, self._dispatcher)
+        self.costs = CostBook(
+            self.fleet, self.book, self._dispatcher.request_row, self._dispatcher.candidate_row
+        )
         self._requests: dict[str, RequestRecord] = {}
         # Deadlines, and the longest wait of requests without one.
         self._deadlines = DeadlineHeap()
@@ -261,6 +275,7 @@ class Scheduler:
         instance = self.fleet.holder(record.instance_id)
         if instance is not None:
             instance.load.note_first_token(record.request_id, now)
+            instance.meter.note_first_token(record.request_id, now)
             self._dispatcher.settle_gate(instance, now)
         if event.prompt_block_hashes:
             self.cache_reports.link(record.digest, event.prompt_token_count, event.prompt_block_hashes)
@@ -377,6 +392,7 @@ class Scheduler:
             instance.load.note_end(
                 record.request_id, produced / choices, now, learn=output_tokens is not None and choices == 1
             )
+            self.costs.note_attempt_end(record, instance, now, output_tokens)
         if (
             record.pinned_block_count
             # A cache that began anew since holds the same blocks for other requests.
@@ -438,6 +454,7 @@ class Scheduler:
         record.work_s = predicted.work_s
         record.cost_s = predicted.work_s + decode_s * record.metadata.choice_count
         record.decisions.append(decision)
+        self.costs.note_dispatch(record, instance, row, predicted, now)
         self._dispatch_sequence += 1
         instance.take(record, self._dispatch_sequence)
         instance.load.note_dispatch(record.request_id, record.prompt_token_count, row.cached_token_count, now)

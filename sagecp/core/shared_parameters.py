@@ -32,4 +32,25 @@ SHARED_PARAMETERS = (
         100.0,
         "A deadline is out of reach when the predicted time is more than this many times as long.",
     ),
+    Parameter(
+        "prediction.step_time_drift",
+        0.2,
+        0.01,
+        10.0,
+        "Share of the planned step time by which a kind of instance may differ before an event tells.",
+    ),
+    Parameter(
+        "placement.plan_preference",
+        0.1,
+        0.0,
+        10.0,
+        "What it counts that an instance's plan suits a request: a share of its limit, time or loss. 0: nothing.",
+    ),
+    Parameter(
+        "placement.long_request_tokens",
+        8192.0,
+        1.0,
+        1e9,
+        "Prompt and answer of so many tokens prefer the plan that serves them fastest, if plans differ.",
+    ),
 )

@@ -11,6 +11,7 @@ from sagecp.core.duration_quantiles import NO_DURATIONS, DurationQuantiles
 from sagecp.core.engine_state import EngineCapability, EngineCondition, EngineGauges
 from sagecp.core.errors import ErrorReason, Failure, FieldViolation
 from sagecp.core.gpu import GpuDevice, GpuReading
+from sagecp.core.request_cost import RequestCost
 
 if TYPE_CHECKING:
     from sagecp.core.placement import PlacementInputs
@@ -37,8 +38,10 @@ __all__ = [
     "OpenAiApi",
     "ParallelismType",
     "PerformanceMetrics",
+    "PriceSource",
     "PromptDigest",
     "RecentFault",
+    "RequestCost",
     "RequestMetadata",
     "RequestPriority",
     "RequestState",
@@ -95,6 +98,16 @@ class ParallelismType(enum.Enum):
     DATA = "data"
     EXPERT = "expert"
     HYBRID = "hybrid"
+
+
+class PriceSource(enum.IntEnum):
+    """Where the price of an instance comes from; numbers equal the contract's."""
+
+    UNKNOWN = 0
+    INSTANCE = 1
+    GPU_KIND = 2
+    DEFAULT = 3
+    USUAL = 4
 
 
 class FailoverMode(enum.IntEnum):
@@ -393,6 +406,7 @@ class RequestStatus:
     failure: Failure | None = None
     queue_position: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    cost: RequestCost | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -423,6 +437,8 @@ class PerformanceMetrics:
     used_gpu_memory_gb: float | None = None
     slo_violations: int = 0
     slo_compliance_rate: float | None = None
+    cost_usd: float | None = None
+    usd_per_million_output_tokens: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import ssl
@@ -103,7 +104,7 @@ class ControlPlaneServer:
     ) -> None:
         self.config = config
         self.manager = manager or ControlPlaneManager(
-            scheduler=config.scheduler,
+            scheduler=dataclasses.replace(config.scheduler, prices=config.prices),
             runtime=config.runtime,
             engine=config.engine,
             policy_evaluator=policy_evaluator,

@@ -16,6 +16,7 @@ from sagecp.core import effects as fx
 from sagecp.core import events as ev
 from sagecp.core.engine_state import LoraAdapter
 from sagecp.core.errors import ErrorReason, Failure
+from sagecp.core.prediction.step_time_report import look_for_drift
 from sagecp.core.request import RequestRecord
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.settings import SchedulingSettings
@@ -443,9 +444,10 @@ class ControlLoop:
             queue_wait_s=(record.dispatch_s if record.dispatch_s is not None else now) - record.arrival_s,
             output_token_count=token_count,
             slo_met=objectives_met(metadata, state, latency_s, ttft_s, tpot_s),
+            cost_usd=record.spent_usd,
         )
         self.monitor.record(sample)
-        self.load.note_end(record.model, metadata.tenant_id, token_count, None)
+        self.load.note_end(record.model, metadata.tenant_id, token_count, record.spent_usd)
         if self.request_observer is not None:
             self.request_observer.ended(handle, sample)
 
@@ -527,6 +529,9 @@ class ControlLoop:
                 if now - self._drift_look_s >= DRIFT_INTERVAL_S:
                     self._drift_look_s = now
                     self.reporter.look_at_predictions(self.scheduler.book.accuracy.summary())
+                    most_drift = self.scheduler.settings.current.values["prediction.step_time_drift"]
+                    for report in look_for_drift(self.scheduler.fleet, most_drift):
+                        self.reporter.step_time_drifted(report)
                 self._scheduling_runs.note(now)
             except Exception:
                 # A net with a hole is still a net.

@@ -10,6 +10,7 @@ from sagecp.core.engine_state import EngineProcessState
 from sagecp.core.errors import ErrorReason, Failure
 from sagecp.core.fleet_event import EventKind, EventSeverity
 from sagecp.core.prediction.accuracy import QuantityAccuracy
+from sagecp.core.prediction.step_time_report import StepTimeReport
 from sagecp.core.settings import SchedulingSettings
 from sagecp.core.types import InstanceState
 from sagecp.runtime.event_log import EventLog
@@ -317,6 +318,34 @@ class EventReporter:
                 f"{each.bias_ratio:.2f} times what was predicted in the mean",
                 attributes={"quantity": quantity, "median_error": f"{error:.3f}"},
             )
+
+    def step_time_drifted(self, report: StepTimeReport) -> None:
+        """Steps of a kind of instance take longer or shorter than was planned, or keep to the plan again."""
+        lone = report.lone_instance_id
+        direction = "slower" if report.ratio > 1.0 else "faster"
+        if not report.drifting:
+            what = f"{report.kind}: steps take about as long as planned again, {report.ratio:.2f} times"
+        else:
+            what = f"{report.kind}: steps take {report.ratio:.2f} times as long as planned"
+            if lone:
+                what += f"; instance {lone} alone is off: drain it, and look at its GPUs and its engine"
+            elif report.ratio > 1.0:
+                what += "; look for a slow GPU or another engine version, or replan with `sagecp plan`"
+            else:
+                what += "; replan with `sagecp plan`: fewer GPUs may do"
+        self.log.add(
+            WARNING if report.drifting else INFO,
+            EventKind.PREDICTION_DRIFT,
+            f"{what} ({report.source})",
+            instance_id=lone,
+            attributes={
+                "kind": report.kind,
+                "ratio": f"{report.ratio:.3f}",
+                "planned": report.source,
+                "observations": str(report.observation_count),
+                "direction": direction if report.drifting else "over",
+            },
+        )
 
 
 def _fault(effect: fx.GpuFaultBegan | fx.GpuFaultCleared) -> dict[str, str]:

@@ -28,6 +28,7 @@ from sagecp.core.errors import (
 )
 from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.prediction.accuracy import QuantityAccuracy
+from sagecp.core.prediction.step_time_report import StepTimeReport, step_time_reports
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.settings import SchedulingSettings, SettingsChange
 from sagecp.core.types import (
@@ -220,7 +221,7 @@ class ControlPlaneManager:
             ShuttingDownError: The control plane is not running.
         """
         handle, _ = await self.accept(request, durable=True)
-        return self.status_of(handle, SUBMIT_POSITION_QUEUE_LIMIT)
+        return self.status_of(handle, SUBMIT_POSITION_QUEUE_LIMIT, with_cost=False)
 
     async def accept(
         self, request: RequestMetadata, *, durable: bool, checked: bool = False, fresh_id: bool = False
@@ -301,10 +302,21 @@ class ControlPlaneManager:
         """
         return self.status_of(await self.find_request("", request_id))
 
-    def status_of(self, handle: RequestHandle, position_limit: int | None = None) -> RequestStatus:
-        """Return what is known of a request, from its handle; its position in queues up to the limit."""
+    def status_of(
+        self, handle: RequestHandle, position_limit: int | None = None, *, with_cost: bool = True
+    ) -> RequestStatus:
+        """Return what is known of a request, from its handle.
+
+        Args:
+            handle: The request.
+            position_limit: In longer queues its position is not counted; 0: in none.
+            with_cost: Whether to say what it costs while it has not ended, too.
+        """
         limit = POSITION_QUEUE_LIMIT if position_limit is None else position_limit
-        return handle.status(self._queue_position(handle, limit))
+        cost = None
+        if with_cost and not handle.state.is_terminal and not handle.suspended:
+            cost = self.scheduler.costs.cost_of(handle.record, self._clock())
+        return handle.status(self._queue_position(handle, limit), cost)
 
     async def cancel_request(self, request_id: str, cause: str = "") -> tuple[RequestStatus, bool]:
         """Stop a request and the engine's work for it.
@@ -640,6 +652,10 @@ class ControlPlaneManager:
     def prediction_accuracy(self) -> Mapping[str, QuantityAccuracy]:
         """Return how right recent predictions were, by quantity of which any were compared."""
         return self.scheduler.book.accuracy.summary()
+
+    def step_time_accuracy(self) -> tuple[StepTimeReport, ...]:
+        """Return how each kind of present instances keeps to its planned step times."""
+        return step_time_reports(self.scheduler.fleet)
 
     def get_metrics(
         self, window_s: float = DEFAULT_WINDOW_S, match: MetricsKey = EVERYTHING

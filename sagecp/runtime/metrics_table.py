@@ -93,6 +93,8 @@ class MetricsTable:
         requests_per_second: Completed ones, in the window.
         slo_compliance_rate: In the window; ``None``: no ended request had an objective.
         gpus: What the GPUs report.
+        cost_usd: Of the requests that ended in the window; ``None``: none has a price.
+        usd_per_million_output_tokens: In the window; ``None``: none has a price, or there were no tokens.
     """
 
     window_s: float
@@ -106,6 +108,8 @@ class MetricsTable:
     requests_per_second: Sequence[float]
     slo_compliance_rate: Sequence[float | None]
     gpus: Sequence[GpuSums]
+    cost_usd: Sequence[float | None]
+    usd_per_million_output_tokens: Sequence[float | None]
 
     def __len__(self) -> int:
         return len(self.values)
@@ -142,4 +146,6 @@ class MetricsTable:
             used_gpu_memory_gb=gpus.used_memory_gib,
             slo_violations=violations,
             slo_compliance_rate=self.slo_compliance_rate[place],
+            cost_usd=self.cost_usd[place],
+            usd_per_million_output_tokens=self.usd_per_million_output_tokens[place],
         )

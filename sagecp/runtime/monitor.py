@@ -28,6 +28,7 @@ class EndedSample(NamedTuple):
 
     Attributes:
         slo_met: Whether every objective was met; ``None`` without one.
+        cost_usd: What it cost, US dollars; ``None``: no price is known.
     """
 
     end_s: float
@@ -39,6 +40,7 @@ class EndedSample(NamedTuple):
     queue_wait_s: float
     output_token_count: int
     slo_met: bool | None
+    cost_usd: float | None = None
 
 
 class Monitor:
@@ -60,7 +62,7 @@ class Monitor:
         self._keys = KeyTable(MAX_GROUP_COUNT, slices.KEPT_S)
         self._store = slices.SliceStore(MAX_TABLE_BYTES)
         self._kept = KeptSums()
-        # Of one slice: number of the key, state, durations, tokens, objectives met.
+        # Of one slice: number of the key, state, durations, tokens, objectives met, cost.
         self._pending: list[tuple[float | None, ...]] = []
         self._slice_start_s = -math.inf
         self._slice_end_s = -math.inf
@@ -153,6 +155,18 @@ class Monitor:
                 for met, count in zip(sums[:, slices.MET].tolist(), judged.tolist(), strict=True)
             ],
             gpus=gpus,
+            cost_usd=[
+                cost_usd if count else None
+                for cost_usd, count in zip(
+                    sums[:, slices.COST_USD].tolist(), sums[:, slices.PRICED].tolist(), strict=True
+                )
+            ],
+            usd_per_million_output_tokens=[
+                1e6 * cost_usd / tokens if tokens else None
+                for cost_usd, tokens in zip(
+                    sums[:, slices.COST_USD].tolist(), sums[:, slices.PRICED_TOKENS].tolist(), strict=True
+                )
+            ],
         )
 
     async def watch_event_loop(self, interval_s: float, note: Callable[[], None] = lambda: None) -> None:

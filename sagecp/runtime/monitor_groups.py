@@ -1,7 +1,8 @@
 """What the slices of a window add up to by group of keys, kept from one question to the next.
 
 Most slices of a window are in the next one, too. So the sums are kept, and only what came
-since then is added, and what went is subtracted: counts and whole nanoseconds, exactly.
+since then is added, and what went is subtracted: counts, whole nanoseconds and whole trillionths of
+a dollar, exactly.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from sagecp.core.quantile_sketch import DURATIONS, Counts, QuantileSketch, Values, nearest_ranks
 from sagecp.runtime.monitor_slices import (
     BUCKETS_PER_KEY,
+    COST_USD,
     DURATION_COUNT,
     SUM_COUNT,
     Cells,
@@ -31,6 +33,8 @@ _BUCKETS = DURATIONS.bucket_count
 # Sums are kept as whole numbers: of floats, what was added and subtracted would leave a rest.
 _UNITS = np.ones(SUM_COUNT)
 _UNITS[:DURATION_COUNT] = 1e9
+# A request may cost a millionth of a dollar; whole numbers reach up to 9 million of them.
+_UNITS[COST_USD] = 1e12
 MAX_KEPT_COUNT = 8
 MAX_KEPT_BYTES = 16 << 20
 KEPT_FOR_S = 60.0

@@ -21,8 +21,8 @@ from sagecp.core.types import RequestState
 LATENCY, TTFT, TPOT, QUEUE_WAIT = range(4)
 DURATION_COUNT = 4
 # Columns of sums: of each duration first, as they are numbered above.
-ENDED, SUCCEEDED, TOKENS, JUDGED, MET = range(4, 9)
-SUM_COUNT = 9
+ENDED, SUCCEEDED, TOKENS, JUDGED, MET, COST_USD, PRICED, PRICED_TOKENS = range(4, 12)
+SUM_COUNT = 12
 
 _BUCKETS = DURATIONS.bucket_count
 BUCKETS_PER_KEY = DURATION_COUNT * _BUCKETS
@@ -52,7 +52,7 @@ class SampleTable:
     Attributes:
         cells: Counts of samples by key, duration and bucket; ascending, each at most once.
         numbers: Keys that there are sums of, ascending.
-        sums: Sums x keys: of durations in seconds, then numbers of requests and tokens.
+        sums: Sums x keys: of durations in seconds, then numbers of requests and tokens, and US dollars.
     """
 
     cells: Cells
@@ -69,7 +69,8 @@ def table_of(rows: Values) -> SampleTable:
     """Return the table of some samples.
 
     Args:
-        rows: Samples x (key, state, latency, TTFT, TPOT, wait, tokens, objectives met); NaN: does not apply.
+        rows: Samples x (key, state, latency, TTFT, TPOT, wait, tokens, objectives met, cost); NaN: does
+            not apply.
     """
     keys = rows[:, 0].astype(np.int64)
     succeeded = rows[:, 1] == RequestState.SUCCEEDED
@@ -85,6 +86,10 @@ def table_of(rows: Values) -> SampleTable:
     sums[TOKENS] = rows[:, 6]
     sums[JUDGED] = ~np.isnan(rows[:, 7])
     sums[MET] = rows[:, 7] == 1.0
+    is_priced = ~np.isnan(rows[:, 8])
+    sums[COST_USD] = np.where(is_priced, rows[:, 8], 0.0)
+    sums[PRICED] = is_priced
+    sums[PRICED_TOKENS] = np.where(is_priced, rows[:, 6], 0.0)
     return SampleTable(added((codes << _COUNT_BITS) | np.uint64(1)), *_sums_by_key(keys, sums))
 
 

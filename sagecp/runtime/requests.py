@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 import msgspec
 
+from sagecp.core.cost_book import final_cost
 from sagecp.core.effects import InterruptAttempt
 from sagecp.core.errors import Failure, RequestNotFoundError, TooManyStreamsError
 from sagecp.core.request import RequestRecord
+from sagecp.core.request_cost import RequestCost
 from sagecp.core.types import AttemptRecord, RequestMetadata, RequestState, RequestStatus, Usage
 from sagecp.runtime.engines.base import EngineOutcome
 from sagecp.runtime.engines.request_body import JSON_ERRORS, not_json
@@ -206,8 +208,13 @@ class RequestHandle:
             self.attempts[-1].end_s = now
             self.attempts[-1].failure = failure
 
-    def status(self, queue_position: int | None) -> RequestStatus:
-        """Return what is known now."""
+    def status(self, queue_position: int | None, cost: RequestCost | None = None) -> RequestStatus:
+        """Return what is known now.
+
+        Args:
+            queue_position: Number of requests ahead of it; ``None``: not told.
+            cost: What it costs, while it has not ended.
+        """
         record = self.record
         metadata = record.metadata
 
@@ -243,6 +250,7 @@ class RequestHandle:
             failure=None if self.suspended else self.failure,
             queue_position=queue_position,
             labels=metadata.labels,
+            cost=final_cost(record) if self.state.is_terminal else cost,
         )
 
 
@@ -310,6 +318,7 @@ class RequestTable:
             prompt_token_ids=(),
             openai_body=b"",
         )
+        final_cost(record)
         self._ended[handle.request_id] = handle
         self._ended_bytes += handle.output.size_bytes
         self.drop_old(now)

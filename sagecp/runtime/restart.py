@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from sagecp.core.errors import ErrorReason, Failure
 from sagecp.core.events import RestoredRequest
+from sagecp.core.prediction.cost import CostQuantiles
 from sagecp.core.prompt_size import payload_size_bytes
 from sagecp.core.request import RequestRecord
 from sagecp.core.types import RequestMetadata, RequestStatus
@@ -160,6 +161,12 @@ def ended_handle(ended: RequestEnded, wall_offset_s: float) -> RequestHandle:
     record.dispatch_s = _clock(status.dispatch_time_s, wall_offset_s)
     record.first_token_s = _clock(status.first_token_time_s, wall_offset_s)
     record.deadline_s = _clock(status.deadline_time_s, wall_offset_s)
+    if status.cost is not None:
+        record.spent_usd = status.cost.actual_usd
+        predicted = CostQuantiles(
+            status.cost.predicted_p10_usd, status.cost.predicted_p50_usd, status.cost.predicted_p90_usd
+        )
+        record.predicted_cost = predicted if any(predicted) else None
     output = OutputLog(lambda: None)
     output.preload(list(ended.pieces), record.epoch)
     if not ended.pieces:

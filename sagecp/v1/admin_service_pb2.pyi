@@ -746,7 +746,7 @@ class PredictionAccuracy(_message.Message):
     COVERAGE_FIELD_NUMBER: _builtins.int
     quantity: _builtins.str
     """What was predicted: "ttft" (from dispatch), "tpot", "latency" (from
-    dispatch) or "output_tokens".
+    dispatch), "output_tokens" or "cost".
     """
     sample_count: _builtins.int
     """Predictions compared since the start."""
@@ -993,7 +993,7 @@ class PlanParallelismRequest(_message.Message):
     type: _parallelism_pb2.ParallelismType.ValueType
     """Only plans of this type. Absent: any."""
     max_plan_count: _builtins.int
-    """Most plans to return, best first. 0: 5."""
+    """Most plans to return, best first; at most 1,000. 0: 5."""
     model_config_json: _builtins.str
     """The model's Hugging Face `config.json`, at most 256 KiB. Wins over the two above."""
     goal: _parallelism_pb2.PlanGoal.ValueType
@@ -1014,7 +1014,7 @@ class PlanParallelismRequest(_message.Message):
 
     @_builtins.property
     def gpu_pools(self) -> _containers.RepeatedCompositeFieldContainer[_parallelism_pb2.GpuPool]:
-        """GPUs to use."""
+        """GPUs to choose from, at most 64 pools of different kinds and 100,000 GPUs. A plan uses one."""
 
     @_builtins.property
     def workload(self) -> _parallelism_pb2.Workload:
@@ -1022,7 +1022,7 @@ class PlanParallelismRequest(_message.Message):
 
     @_builtins.property
     def objectives(self) -> _request_pb2.Objectives:
-        """Objectives to meet."""
+        """Objectives to meet; a deadline is refused, as it is not planned for."""
 
     @_builtins.property
     def engine_options(self) -> _parallelism_pb2.PlanEngineOptions:

@@ -241,6 +241,38 @@ ENGINE_PROCESS_STATE_STOPPED: EngineProcessState.ValueType  # 5
 """It ended and is not started again."""
 Global___EngineProcessState: _TypeAlias = EngineProcessState  # noqa: Y015
 
+class _PriceSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriceSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PriceSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRICE_SOURCE_UNSPECIFIED: _PriceSource.ValueType  # 0
+    """Not set. Never sent by the server."""
+    PRICE_SOURCE_INSTANCE: _PriceSource.ValueType  # 1
+    """The instance states it."""
+    PRICE_SOURCE_GPU_KIND: _PriceSource.ValueType  # 2
+    """The server's configuration has a price for its kind of GPU."""
+    PRICE_SOURCE_DEFAULT: _PriceSource.ValueType  # 3
+    """The server's configuration has a price for every other GPU."""
+    PRICE_SOURCE_USUAL: _PriceSource.ValueType  # 4
+    """The usual rent of its kind of GPU, where the server's configuration allows for that."""
+
+class PriceSource(_PriceSource, metaclass=_PriceSourceEnumTypeWrapper):
+    """PriceSource says where the price of an instance comes from."""
+
+PRICE_SOURCE_UNSPECIFIED: PriceSource.ValueType  # 0
+"""Not set. Never sent by the server."""
+PRICE_SOURCE_INSTANCE: PriceSource.ValueType  # 1
+"""The instance states it."""
+PRICE_SOURCE_GPU_KIND: PriceSource.ValueType  # 2
+"""The server's configuration has a price for its kind of GPU."""
+PRICE_SOURCE_DEFAULT: PriceSource.ValueType  # 3
+"""The server's configuration has a price for every other GPU."""
+PRICE_SOURCE_USUAL: PriceSource.ValueType  # 4
+"""The usual rent of its kind of GPU, where the server's configuration allows for that."""
+Global___PriceSource: _TypeAlias = PriceSource  # noqa: Y015
+
 @_typing.final
 class InstanceSpec(_message.Message):
     """InstanceSpec is what an instance is: what its agent, or an operator, says of it."""
@@ -1149,6 +1181,7 @@ class Instance(_message.Message):
     REFUSED_HEARTBEAT_COUNT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_REFUSAL_FIELD_NUMBER: _builtins.int
     AGENT_VERSION_FIELD_NUMBER: _builtins.int
+    PRICE_FIELD_NUMBER: _builtins.int
     state: Global___InstanceState.ValueType
     """Where it is in its life cycle."""
     state_reason: _builtins.str
@@ -1229,6 +1262,10 @@ class Instance(_message.Message):
         of the last heartbeat. Absent: unknown.
         """
 
+    @_builtins.property
+    def price(self) -> Global___InstancePrice:
+        """The price in force. Absent: no price is known."""
+
     def __init__(
         self,
         *,
@@ -1257,14 +1294,49 @@ class Instance(_message.Message):
         refused_heartbeat_count: _builtins.int = ...,
         heartbeat_refusal: _builtins.str = ...,
         agent_version: _builtins.str = ...,
+        price: Global___InstancePrice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_offset", b"clock_offset", "desired_lora_adapters", b"desired_lora_adapters", "drain", b"drain", "engine", b"engine", "engine_process", b"engine_process", "heartbeat_time", b"heartbeat_time", "learned", b"learned", "lease_expire_time", b"lease_expire_time", "mean_ttft", b"mean_ttft", "register_time", b"register_time", "sleep", b"sleep", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_offset", b"clock_offset", "desired_lora_adapters", b"desired_lora_adapters", "drain", b"drain", "engine", b"engine", "engine_process", b"engine_process", "heartbeat_time", b"heartbeat_time", "learned", b"learned", "lease_expire_time", b"lease_expire_time", "mean_ttft", b"mean_ttft", "price", b"price", "register_time", b"register_time", "sleep", b"sleep", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "clock_offset", b"clock_offset", "completed_request_count", b"completed_request_count", "desired_lora_adapters", b"desired_lora_adapters", "drain", b"drain", "engine", b"engine", "engine_process", b"engine_process", "failed_attempt_count", b"failed_attempt_count", "gpu_absent_reason", b"gpu_absent_reason", "gpu_faults", b"gpu_faults", "gpus", b"gpus", "heartbeat_refusal", b"heartbeat_refusal", "heartbeat_time", b"heartbeat_time", "in_flight_request_count", b"in_flight_request_count", "incarnation", b"incarnation", "learned", b"learned", "lease_expire_time", b"lease_expire_time", "max_concurrent_request_count", b"max_concurrent_request_count", "mean_ttft", b"mean_ttft", "refused_heartbeat_count", b"refused_heartbeat_count", "register_time", b"register_time", "sleep", b"sleep", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "clock_offset", b"clock_offset", "completed_request_count", b"completed_request_count", "desired_lora_adapters", b"desired_lora_adapters", "drain", b"drain", "engine", b"engine", "engine_process", b"engine_process", "failed_attempt_count", b"failed_attempt_count", "gpu_absent_reason", b"gpu_absent_reason", "gpu_faults", b"gpu_faults", "gpus", b"gpus", "heartbeat_refusal", b"heartbeat_refusal", "heartbeat_time", b"heartbeat_time", "in_flight_request_count", b"in_flight_request_count", "incarnation", b"incarnation", "learned", b"learned", "lease_expire_time", b"lease_expire_time", "max_concurrent_request_count", b"max_concurrent_request_count", "mean_ttft", b"mean_ttft", "price", b"price", "refused_heartbeat_count", b"refused_heartbeat_count", "register_time", b"register_time", "sleep", b"sleep", "spec", b"spec", "state", b"state", "state_reason", b"state_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Instance: _TypeAlias = Instance  # noqa: Y015
+
+@_typing.final
+class InstancePrice(_message.Message):
+    """InstancePrice is what an instance costs, US dollars."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USD_PER_GPU_HOUR_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    BUSY_USD_FIELD_NUMBER: _builtins.int
+    IDLE_USD_FIELD_NUMBER: _builtins.int
+    usd_per_gpu_hour: _builtins.float
+    """One of its GPUs for an hour."""
+    source: Global___PriceSource.ValueType
+    """Where that comes from."""
+    busy_usd: _builtins.float
+    """What its time cost while it ran requests, since it registered."""
+    idle_usd: _builtins.float
+    """What its time cost while it ran none."""
+    def __init__(
+        self,
+        *,
+        usd_per_gpu_hour: _builtins.float = ...,
+        source: Global___PriceSource.ValueType = ...,
+        busy_usd: _builtins.float = ...,
+        idle_usd: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_usd", b"busy_usd", "idle_usd", b"idle_usd", "source", b"source", "usd_per_gpu_hour", b"usd_per_gpu_hour"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InstancePrice: _TypeAlias = InstancePrice  # noqa: Y015
 
 @_typing.final
 class Drain(_message.Message):

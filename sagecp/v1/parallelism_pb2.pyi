@@ -571,7 +571,9 @@ class ParallelismPlan(_message.Message):
     key_value_token_capacity: _builtins.int
     """Tokens of KV cache per replica."""
     predicted_ttft_s: _builtins.float
-    """Predicted time to first token that the wanted share stays below at `request_rate`, seconds."""
+    """Predicted time to first token that the wanted share stays below at `request_rate`, seconds;
+    infinite where the plan cannot keep up.
+    """
     predicted_tpot_s: _builtins.float
     """Predicted time per output token, likewise."""
     predicted_goodput: _builtins.float
@@ -618,7 +620,9 @@ class ParallelismPlan(_message.Message):
 
     @_builtins.property
     def commands(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Commands to start it with, one per process, in order; each says its node in a comment."""
+        """Commands to start it with, one per process, in order; each says its node in a comment. At
+        most 256, then how many more there are; of the first 20 plans of an answer only.
+        """
 
     def __init__(
         self,

@@ -913,7 +913,8 @@ class RequestCost(_message.Message):
     ACTUAL_USD_FIELD_NUMBER: _builtins.int
     predicted_p10_usd: _builtins.float
     """Predicted when it was last placed, or while it waits on the cheapest instance: 10 %
-    quantile, over how long the answer may get.
+    quantile, over how long the answer may get and how much else runs beside it. All
+    three 0: nothing was predicted.
     """
     predicted_p50_usd: _builtins.float
     """Median."""
@@ -1091,7 +1092,7 @@ class Request(_message.Message):
 
     @_builtins.property
     def cost(self) -> Global___RequestCost:
-        """What it costs. Absent: no instance has a price."""
+        """What it costs. Absent: no instance has a price; and in the answer to Submit."""
 
     def __init__(
         self,

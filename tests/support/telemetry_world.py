@@ -12,6 +12,7 @@ from sagecp.core.config import SchedulerConfig
 from sagecp.core.engine_state import EngineGauges, EngineProcess, EngineProcessState
 from sagecp.core.errors import InstanceNotFoundError, ModelNotFoundError
 from sagecp.core.gpu import GpuReading, XidError
+from sagecp.core.prices import GpuPrices
 from sagecp.core.types import EngineCondition, ExecutionInstance, RequestMetadata, RequestPriority
 from sagecp.runtime.engines.base import EngineFailedError
 from sagecp.runtime.store.memory import MemoryStore
@@ -84,7 +85,7 @@ async def eloquent_rig(**config: Any) -> AsyncIterator[Rig]:
     """
     store = MemoryStore(JournalConfig())
     # Nobody goes on sending heartbeats.
-    scheduler = SchedulerConfig(lease_duration_s=3600.0)
+    scheduler = SchedulerConfig(lease_duration_s=3600.0, prices=GpuPrices(default_usd_per_gpu_hour=3.0))
     async with running_rig(scheduler=scheduler, store=store, **config) as rig:
         await _serve_requests(rig)
         await _report(rig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import click
 import pytest
@@ -14,6 +15,7 @@ from tests.support.documents import blocks_of
 from tests.support.processes import ROOT
 
 PAGE = ROOT / "docs" / "cli.md"
+PAGES = (PAGE, ROOT / "docs" / "planning.md")
 
 
 def parse(line: str) -> None:
@@ -47,14 +49,14 @@ def test_it_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, lines)) <= 80
 
 
-def commands_of_the_page() -> list[str]:
-    code = [block.text for block in blocks_of(PAGE) if block.language in {"", "sh", "text", "console"}]
-    lines = [line.removeprefix("$ ") for text in code for line in text.splitlines()]
+def commands_of(page: Path) -> list[str]:
+    code = [block.text for block in blocks_of(page) if block.language in {"", "sh", "text", "console"}]
+    lines = [line.removeprefix("$ ") for text in code for line in text.replace("\\\n", "").splitlines()]
     return [line for line in lines if line.startswith("sagecp ") and not set(line) & set("$|>")]
 
 
-@pytest.mark.parametrize("line", commands_of_the_page())
-def test_every_command_of_the_page_parses(line: str) -> None:
+@pytest.mark.parametrize("line", [line for page in PAGES for line in commands_of(page)])
+def test_every_command_of_a_page_parses(line: str) -> None:
     parse(line)
 
 
@@ -65,7 +67,7 @@ def test_the_page_names_every_command() -> None:
 
 def examples() -> list[str]:
     found = []
-    for name in ("drain", "lora", "check"):
+    for name in ("drain", "lora", "check", "plan"):
         command = main.get_command(click.Context(main), name)
         assert command is not None
         found += re.findall(r"^  (sagecp .*?)(?:  .*)?$", command.epilog or "", re.MULTILINE)

@@ -28,6 +28,10 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is n
         (["events", "--kind", "gpu"], ["gpu_fault", "gpu_fault_cleared"]),
         (["requests", "-o", ""], ["table", "wide", "json", "yaml", "name"]),
         (["completion", ""], ["bash", "zsh", "fish"]),
+        (["plan", "--objective", "low"], ["lowest_ttft"]),
+        (["plan", "--gpus", "8xh100"], ["8xH100-PCIe-80GB", "8xH100-NVL-94GB", "8xH100-SXM-80GB"]),
+        (["plan", "--workload", "lo"], ["long-chat"]),
+        (["plan", "--model", "PHI"], ["phi-4"]),
         (["--ver"], ["--version"]),
         # What only a server knows:
         (["drain", ""], []),

@@ -90,7 +90,7 @@ def test_the_names_of_columns_are_the_same_for_ever() -> None:
     ]  # fmt: skip
     assert [field.column.title.lower() for field in REQUEST_FIELDS] == [
         "request", "state", "model", "priority", "tenant", "user", "session", "age", "queued", "ttft",
-        "total", "in", "out", "ahead", "attempts", "instance", "finish", "why",
+        "total", "in", "out", "ahead", "attempts", "cost", "instance", "finish", "why",
     ]  # fmt: skip
 
 

@@ -109,3 +109,20 @@ def test_what_others_wrote_cannot_steer_the_terminal(capsys: pytest.CaptureFixtu
     assert "a]0;titleb[2Jcd e" in shown
     assert not set(shown) & {"\x07", "\r"}
     assert shown.count("\x1b") in {0, 2}, "colours of our own stay"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0.0, "$0.00"),
+        (1234.5, "$1,234.50"),
+        (1.0, "$1.00"),
+        (0.5, "$0.500"),
+        (0.0123456, "$0.0123"),
+        (3.2e-6, "$0.00000320"),
+        (1e-15, "$0.00"),
+    ],
+)
+def test_dollars_of_every_size(value: float | None, text: str) -> None:
+    assert render.usd(value) == text

@@ -57,6 +57,7 @@ from sagecp.core.types import (
     OpenAiApi,
     ParallelismType,
     RecentFault,
+    RequestCost,
     RequestMetadata,
     RequestPriority,
     RequestState,
@@ -452,6 +453,9 @@ def test_everything_known_of_a_request_is_shown() -> None:
             failure=failure,
             queue_position=0,
             labels={"k": "v"},
+            cost=RequestCost(
+                predicted_p10_usd=0.25, predicted_p50_usd=0.5, predicted_p90_usd=0.75, actual_usd=0.0
+            ),
         )
     )
     assert json_format.MessageToDict(message) == {
@@ -483,6 +487,12 @@ def test_everything_known_of_a_request_is_shown() -> None:
         "failure": {"reason": "ERROR_REASON_ENGINE_TIMEOUT", "message": "silent", "code": 14},
         "queuePosition": 0,
         "labels": {"k": "v"},
+        "cost": {
+            "predictedP10Usd": 0.25,
+            "predictedP50Usd": 0.5,
+            "predictedP90Usd": 0.75,
+            "actualUsd": 0.0,
+        },
     }
     assert {f.name for f, _ in message.ListFields()} == {f.name for f in message.DESCRIPTOR.fields}
 
@@ -504,6 +514,7 @@ def test_what_is_unknown_is_absent() -> None:
         "deadline_time",
         "failure",
         "queue_position",
+        "cost",
     ):
         assert not message.HasField(name)
     assert not message.usage.HasField("prompt_token_count")
@@ -941,6 +952,8 @@ def test_metrics_are_shown_whole() -> None:
             requests_per_second=[8.0],
             slo_compliance_rate=[None if gpus is nothing else 0.5],
             gpus=[gpus],
+            cost_usd=[None if gpus is nothing else 0.25],
+            usd_per_million_output_tokens=[None if gpus is nothing else 1.5],
         )
 
     nothing = GpuSums()
@@ -964,6 +977,8 @@ def test_metrics_are_shown_whole() -> None:
         "total_gpu_memory_gib",
         "used_gpu_memory_gib",
         "slo_compliance_rate",
+        "cost_usd",
+        "usd_per_million_output_tokens",
     ):
         assert not empty.HasField(name)
 

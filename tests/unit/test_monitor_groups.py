@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from sagecp.core.types import RequestState
 from sagecp.runtime import monitor_groups
 from sagecp.runtime.monitor_groups import GroupFigures, GroupSums, KeptSums
-from sagecp.runtime.monitor_slices import ENDED, LATENCY, SLICE_S, SliceStore, table_of
+from sagecp.runtime.monitor_slices import ENDED, LATENCY, SLICE_S, SUM_COUNT, SliceStore, table_of
 
 KEYS = 6
 
 
 def add(store: SliceStore, time_s: float, *keys: int, latency_s: float = 1.0) -> None:
     rows = [
-        [key, RequestState.SUCCEEDED, latency_s * (key + 1), 0.3, math.nan, 0.0, 7.0, 1.0] for key in keys
+        [key, RequestState.SUCCEEDED, latency_s * (key + 1), 0.3, math.nan, 0.0, 7.0, 1.0, latency_s / 3e5]
+        for key in keys
     ]
     store.add(time_s // SLICE_S * SLICE_S, table_of(np.array(rows, dtype=np.float64)))
 
@@ -81,7 +82,7 @@ def test_keys_and_groups_may_come() -> None:
     figures = kept.figures(store.within(1.0, 60.0)[0], np.array([1, 0, 1]), 2)
     assert figures.sums[:, ENDED].tolist() == [1, 2]
     assert figures.sample_counts[:, LATENCY].tolist() == [1, 2]
-    assert kept.figures(store.within(1.0, 60.0)[0], np.array([-1, -1, -1]), 0).sums.shape == (0, 9)
+    assert kept.figures(store.within(1.0, 60.0)[0], np.array([-1, -1, -1]), 0).sums.shape == (0, SUM_COUNT)
 
 
 def test_questions_are_kept_within_bounds_and_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

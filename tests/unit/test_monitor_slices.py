@@ -13,15 +13,19 @@ from sagecp.core.quantile_sketch import Values
 from sagecp.core.types import RequestState
 from sagecp.runtime.monitor_groups import GroupFigures, GroupSums, overall_figures
 from sagecp.runtime.monitor_slices import (
+    COST_USD,
     DURATION_COUNT,
     ENDED,
     JUDGED,
     LATENCY,
     LONGEST_WINDOW_S,
     MET,
+    PRICED,
+    PRICED_TOKENS,
     QUEUE_WAIT,
     SLICE_S,
     SUCCEEDED,
+    SUM_COUNT,
     TOKENS,
     TPOT,
     TTFT,
@@ -42,8 +46,9 @@ def row(
     wait_s: float = 0.0,
     tokens: float = 10.0,
     met: float = math.nan,
+    cost_usd: float = math.nan,
 ) -> list[float]:
-    return [key, state, latency_s, ttft_s, tpot_s, wait_s, tokens, met]
+    return [key, state, latency_s, ttft_s, tpot_s, wait_s, tokens, met, cost_usd]
 
 
 def add(store: SliceStore, time_s: float, *rows: list[float]) -> None:
@@ -123,14 +128,19 @@ def test_what_does_not_apply_is_left_out() -> None:
         np.array(
             [
                 row(3, ttft_s=math.nan, tpot_s=math.nan, met=1.0),
-                row(3, RequestState.FAILED, latency_s=9.0, met=0.0),
+                row(3, RequestState.FAILED, latency_s=9.0, met=0.0, cost_usd=0.25),
                 row(1, tokens=5.0),
             ]
         )
     )
     assert table.numbers.tolist() == [1, 3]
-    assert table.sums[:, 1].tolist() == [1.0, 0.0, 0.0, 0.0, 2.0, 1.0, 20.0, 2.0, 1.0]
-    assert tuple(range(DURATION_COUNT, 9)) == (ENDED, SUCCEEDED, TOKENS, JUDGED, MET)
+    assert table.sums[:, 1].tolist() == [
+        *(1.0, 0.0, 0.0, 0.0),
+        *(2.0, 1.0, 20.0, 2.0, 1.0),
+        *(0.25, 1.0, 10.0),
+    ]
+    named = (ENDED, SUCCEEDED, TOKENS, JUDGED, MET, COST_USD, PRICED, PRICED_TOKENS)
+    assert tuple(range(DURATION_COUNT, SUM_COUNT)) == named
     store = SliceStore(PLENTY)
     store.add(0.0, table)
     found, _ = store.within(1.0, 60.0)
@@ -153,6 +163,7 @@ ROWS = st.lists(
         wait_s=st.floats(0.0, 1.0),
         tokens=st.integers(0, 1000).map(float),
         met=st.sampled_from((math.nan, 0.0, 1.0)),
+        cost_usd=st.one_of(st.just(math.nan), st.floats(0.0, 100.0)),
     ),
     min_size=1,
     max_size=30,

@@ -1068,6 +1068,20 @@ class SchedulerMachine(RuleBasedStateMachine):
                 )
 
     @invariant()
+    def engine_time_is_metered_of_what_runs(self) -> None:
+        fleet, now = self.scheduler.fleet, self.last_s()
+        for instance in (*fleet, *fleet._departed.values()):
+            meter = instance.meter
+            assert meter._pending.keys() | meter._decodes.keys() == instance.in_flight.keys()
+            assert not meter._pending.keys() & meter._decodes.keys()
+            assert all(self.live[request_id].delivered for request_id in meter._decodes)
+            busy_s = meter.busy_s(now)
+            spent_s = sum(meter.spent_s(request_id, now) for request_id in instance.in_flight)
+            assert 0.0 <= spent_s <= busy_s * (1.0 + 1e-9) + 1e-6
+            assert meter.idle_s(now) >= 0.0
+        assert all(instance.meter.usd_per_hour == instance.usd_per_hour for instance in fleet)
+
+    @invariant()
     def books_balance(self) -> None:
         """Whoever runs under a charge has one that is not settled, on its own tenant's account."""
         books = self.scheduler.service_books
@@ -1430,6 +1444,7 @@ def test_long_busy_life(policy: str) -> None:
             machine.work_is_accounted_for_where_it_runs()
             machine.indexes_agree_with_the_records()
             machine.loads_agree_with_what_runs()
+            machine.engine_time_is_metered_of_what_runs()
             machine.books_balance()
             machine.pins_are_those_of_running_prompts()
             machine.lines_are_in_order()

@@ -57,6 +57,51 @@ _REQUESTS = Row(
 )
 
 
+_COST = Row(
+    "Cost (where prices are known)",
+    (
+        Panel(
+            "Engines per hour",
+            [
+                Query("3600 * sum(rate(sagecp_instance_busy_cost_usd_total{MODEL}[RATE]))", "busy"),
+                Query("3600 * sum(rate(sagecp_instance_idle_cost_usd_total{MODEL}[RATE]))", "idle"),
+            ],
+            unit="currencyUSD",
+            stacked=True,
+            description="What the registered instances cost. Idle: nothing runs there.",
+        ),
+        Panel(
+            "Requests per hour, by model",
+            [Query("3600 * sum by (model) (rate(sagecp_request_cost_usd_total{MODEL}[RATE]))", "{{model}}")],
+            unit="currencyUSD",
+            stacked=True,
+            description="Counted when requests end.",
+        ),
+        Panel(
+            "Requests per hour, the dearest tenants",
+            [
+                Query(
+                    "topk(10, 3600 * sum by (tenant) (rate(sagecp_tenant_cost_usd_total{JOB}[RATE])))",
+                    "{{tenant}}",
+                )
+            ],
+            unit="currencyUSD",
+        ),
+        Panel(
+            "Per million output tokens",
+            [
+                Query(
+                    "1e6 * sum by (model) (rate(sagecp_request_cost_usd_total{MODEL}[RATE]))"
+                    " / sum by (model) (rate(sagecp_output_tokens_total{MODEL}[RATE]))",
+                    "{{model}}",
+                )
+            ],
+            unit="currencyUSD",
+        ),
+    ),
+)
+
+
 def _own(title: str, expr: str, unit: str = "short", **more: object) -> Panel:
     return Panel(title, [Query(expr, "{{instance}}")], unit=unit, width=6, **more)  # type: ignore[arg-type]
 
@@ -98,5 +143,5 @@ OVERVIEW = Dashboard(
     title="sagecp / Overview",
     description="Is it well? Requests, their latency, the fleet and the control plane in one look.",
     variables=(MODEL,),
-    rows=(_NOW, _REQUESTS, _CONTROL_PLANE),
+    rows=(_NOW, _REQUESTS, _COST, _CONTROL_PLANE),
 )

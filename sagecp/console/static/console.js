@@ -333,6 +333,12 @@ function receipt(decision) {
   ];
 }
 
+function costText(request) {
+  const dollars = (value) => `$${value.toPrecision(3)}`;
+  const predicted = request.predicted_cost_usd === null ? "" : `predicted ${dollars(request.predicted_cost_usd)}`;
+  return [request.cost_usd === null ? "" : dollars(request.cost_usd), predicted].filter(Boolean).join(", ");
+}
+
 async function showReceipts(requestId, decisions) {
   const answer = await fetch(`/api/requests/${encodeURIComponent(requestId)}`);
   if (!answer.ok && !decisions.length) {
@@ -342,7 +348,7 @@ async function showReceipts(requestId, decisions) {
   const found = answer.ok ? await answer.json() : { request: null, decisions };
   const request = found.request;
   const parts = request
-    ? [facts([["State", request.state], ["Model", request.model], ["Class", request.priority], ["Tenant", request.tenant_id], ["User", request.user_id], ["Received", clock(request.create_time)], ["First token after", request.first_token_time ? seconds(request.first_token_time - request.create_time) : ""], ["Took", request.end_time ? seconds(request.end_time - request.create_time) : ""], ["Tokens", `${request.prompt_tokens ?? "?"} in, ${request.output_tokens} out`], ["Failure", request.failure]])]
+    ? [facts([["State", request.state], ["Model", request.model], ["Class", request.priority], ["Tenant", request.tenant_id], ["User", request.user_id], ["Received", clock(request.create_time)], ["First token after", request.first_token_time ? seconds(request.first_token_time - request.create_time) : ""], ["Took", request.end_time ? seconds(request.end_time - request.create_time) : ""], ["Tokens", `${request.prompt_tokens ?? "?"} in, ${request.output_tokens} out`], ["Cost", costText(request)], ["Failure", request.failure]])]
     : [];
   open(requestId, { request: requestId }, ...parts, ...found.decisions.flatMap(receipt));
 }

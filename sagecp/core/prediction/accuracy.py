@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sagecp.core.prediction.histogram import LogHistogram
 
-QUANTITIES = ("ttft", "tpot", "latency", "output_tokens")
+QUANTITIES = ("ttft", "tpot", "latency", "output_tokens", "cost")
 """What is predicted."""
 
 # Errors from a tenth of a percent to about 100,000 %, in steps of a tenth.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sagecp.core.prediction.accuracy import PredictionAccuracy
 from sagecp.core.prediction.output_length import OutputLengthModel
 from sagecp.core.prediction.priors import prior_for
 from sagecp.core.prediction.step_time import StepTimeModel, StepTimeParameters
+from sagecp.core.prediction.step_time_accuracy import PlannedStepTime, StepTimeAccuracy
 from sagecp.core.types import ExecutionInstance
 
 # After this many observations a model that started from a guess is believed.
@@ -23,12 +26,31 @@ class InstanceKind:
         model: Its step-time model.
         source: Where its prior came from.
         name: For people.
+        accuracy: How it keeps to the step times that were planned for it, or else to its prior.
+
+    Args:
+        prior: Where its model starts.
+        trusted: Whether the prior may hold work back.
+        source: Where the prior came from.
+        name: For people.
+        planned: What it is held to; ``None``: the prior.
     """
 
-    __slots__ = ("_prior_trusted", "model", "name", "source")
+    __slots__ = ("_prior_trusted", "accuracy", "model", "name", "source")
 
-    def __init__(self, prior: StepTimeParameters, *, trusted: bool, source: str, name: str = "") -> None:
+    def __init__(
+        self,
+        prior: StepTimeParameters,
+        *,
+        trusted: bool,
+        source: str,
+        name: str = "",
+        planned: PlannedStepTime | None = None,
+    ) -> None:
         self.model = StepTimeModel(prior)
+        self.accuracy = StepTimeAccuracy(
+            planned or PlannedStepTime(parameters=prior, source=source, reliable=trusted)
+        )
         self.source = source
         self.name = name
         self._prior_trusted = trusted
@@ -40,9 +62,16 @@ class InstanceKind:
 
 
 class PredictionBook:
-    """What the core has learned. It outlives instances and changes of policy."""
+    """What the core has learned. It outlives instances and changes of policy.
 
-    def __init__(self) -> None:
+    Args:
+        planned_for: Says what was planned for an instance; ``None``: nobody does.
+    """
+
+    def __init__(
+        self, planned_for: Callable[[ExecutionInstance], PlannedStepTime | None] | None = None
+    ) -> None:
+        self._planned_for = planned_for
         self.output_lengths = OutputLengthModel()
         self.accuracy = PredictionAccuracy()
         self._kinds: dict[_Kind, InstanceKind] = {}
@@ -72,7 +101,11 @@ class PredictionBook:
                     pipeline_parallel_size=spec.pipeline_parallel_size,
                 )
                 kind = InstanceKind(
-                    prior.parameters, trusted=prior.trusted, source=prior.source, name=_name(key)
+                    prior.parameters,
+                    trusted=prior.trusted,
+                    source=prior.source,
+                    name=_name(key),
+                    planned=self._planned_for(spec) if self._planned_for is not None else None,
                 )
             self._kinds[key] = kind
         return kind

@@ -61,7 +61,7 @@ class OutputLengthModel:
         self._max_group_count = max_group_count
         self._all = _new_group()
         self._groups: OrderedDict[_Key, LogHistogram] = OrderedDict()
-        self._estimates: OrderedDict[_Key, _Estimate] = OrderedDict()
+        self._estimates: OrderedDict[_Key, LengthEstimate] = OrderedDict()
         self._priors: dict[int, _Shares] = {}
 
     @property
@@ -114,25 +114,29 @@ class OutputLengthModel:
                 further, and counts these tokens too.
         """
         estimate = self._estimate(tenant_id, max_tokens, prompt_token_count)
-        return estimate.quantile(q, produced, _limit(max_tokens))
+        return estimate.quantile(q, produced, length_limit(max_tokens))
 
     def expected(
         self, tenant_id: str, max_tokens: int | None, prompt_token_count: int, produced: int = 0
     ) -> float:
         """Return the mean length of such requests; arguments as for ``quantile``."""
         estimate = self._estimate(tenant_id, max_tokens, prompt_token_count)
-        return estimate.mean(produced, _limit(max_tokens))
+        return estimate.mean(produced, length_limit(max_tokens))
 
     def log_spread(
         self, tenant_id: str, max_tokens: int | None, prompt_token_count: int, produced: int = 0
     ) -> float:
         """Return how uncertain the length is: half of ``ln(q84 / q16)``, one sigma of a log-normal."""
         estimate = self._estimate(tenant_id, max_tokens, prompt_token_count)
-        limit = _limit(max_tokens)
+        limit = length_limit(max_tokens)
         low = estimate.quantile(0.16, produced, limit)
         return 0.5 * math.log(estimate.quantile(0.84, produced, limit) / low)
 
-    def _estimate(self, tenant_id: str, max_tokens: int | None, prompt_token_count: int) -> _Estimate:
+    def distribution(self, tenant_id: str, max_tokens: int | None, prompt_token_count: int) -> LengthEstimate:
+        """Return what is known now of how long such requests get; later observations do not change it."""
+        return self._estimate(tenant_id, max_tokens, prompt_token_count)
+
+    def _estimate(self, tenant_id: str, max_tokens: int | None, prompt_token_count: int) -> LengthEstimate:
         limit, prompt = _limit_bucket(max_tokens), _prompt_bucket(prompt_token_count)
         key = (tenant_id, limit, prompt)
         estimate = self._estimates.get(key)
@@ -144,7 +148,7 @@ class OutputLengthModel:
         tenant = self._groups.get((tenant_id, None, None), empty)
         alike = self._groups.get((None, limit, prompt), empty)
         shares = _smoothed((own, tenant, alike, self._all), self._prior(limit))
-        estimate = self._estimates[key] = _Estimate(shares, own, tenant, self._all)
+        estimate = self._estimates[key] = LengthEstimate(shares, own, tenant, self._all)
         self._estimates.move_to_end(key)
         if len(self._estimates) > _MAX_ESTIMATE_COUNT:
             self._estimates.popitem(last=False)
@@ -157,7 +161,7 @@ class OutputLengthModel:
         return shares
 
 
-class _Estimate:
+class LengthEstimate:
     """A smoothed distribution, prepared for questions, and until when it may be used.
 
     A length lies evenly within its bucket.
@@ -185,6 +189,10 @@ class _Estimate:
         self._tenant, self._tenant_until = tenant, _until(tenant, _TENANT_STEP)
         self._all, self._all_until = all_groups, _until(all_groups, _TOTAL_STEP)
 
+    def __repr__(self) -> str:
+        # By its contents: records that hold it are compared as text.
+        return f"LengthEstimate(mean {self.mean(0, math.inf)!r} tokens)"
+
     @property
     def is_stale(self) -> bool:
         """Whether enough was observed since to prepare it anew."""
@@ -195,6 +203,13 @@ class _Estimate:
         )
 
     def quantile(self, q: float, produced: float, limit: float) -> float:
+        """Return the length that a share ``q`` stays below.
+
+        Args:
+            q: In [0, 1].
+            produced: Tokens that there are already; the answer is of those that got further.
+            limit: Never exceeded.
+        """
         if produced >= limit:
             return limit
         below = self._below
@@ -207,6 +222,7 @@ class _Estimate:
         return min(limit, max(length, produced + 1.0))
 
     def mean(self, produced: float, limit: float) -> float:
+        """Return the mean length; arguments as for ``quantile``."""
         if produced >= limit:
             return limit
         passed = self._share_below(produced) if produced else 0.0
@@ -274,7 +290,8 @@ def _prior_shares(limit_bucket: int) -> _Shares:
     return np.diff(below)
 
 
-def _limit(max_tokens: int | None) -> float:
+def length_limit(max_tokens: int | None) -> float:
+    """Return the most tokens of an answer; infinite: nothing limits it."""
     return math.inf if max_tokens is None else float(max(1, max_tokens))
 
 

@@ -170,6 +170,11 @@ def instance_to_proto(record: InstanceRecord, wall_offset_s: float, now: float) 
         heartbeat_refusal=record.heartbeat_refusal,
         agent_version=record.agent_version,
     )
+    if record.price.usd_per_gpu_hour is not None:
+        message.price.usd_per_gpu_hour = record.price.usd_per_gpu_hour
+        message.price.source = instance_pb2.PriceSource.ValueType(record.price.source.value)
+        message.price.busy_usd = record.meter.busy_usd(now)
+        message.price.idle_usd = record.meter.idle_usd(now)
     learned = learned_performance(record.load, now)
     if learned is not None:
         message.learned.CopyFrom(learned_to_proto(learned))

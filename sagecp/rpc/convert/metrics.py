@@ -119,3 +119,7 @@ def metrics_to_proto(table: MetricsTable, place: int, message: metrics_pb2.Perfo
         message.used_gpu_memory_gib = used_gib
     if (compliance_rate := table.slo_compliance_rate[place]) is not None:
         message.slo_compliance_rate = compliance_rate
+    if (cost_usd := table.cost_usd[place]) is not None:
+        message.cost_usd = cost_usd
+    if (price_usd := table.usd_per_million_output_tokens[place]) is not None:
+        message.usd_per_million_output_tokens = price_usd

@@ -295,4 +295,10 @@ def request_to_proto(status: RequestStatus) -> request_pb2.Request:
             entry.failure.CopyFrom(failure_to_proto(attempt.failure))
     if status.failure is not None:
         message.failure.CopyFrom(failure_to_proto(status.failure))
+    if status.cost is not None:
+        message.cost.predicted_p10_usd = status.cost.predicted_p10_usd
+        message.cost.predicted_p50_usd = status.cost.predicted_p50_usd
+        message.cost.predicted_p90_usd = status.cost.predicted_p90_usd
+        if status.cost.actual_usd is not None:
+            message.cost.actual_usd = status.cost.actual_usd
     return message

@@ -40,7 +40,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
         """Accept a request."""
         metadata, fresh = _asked(request.spec)
         handle, created = await self._manager.accept(metadata, durable=True, checked=True, fresh_id=fresh)
-        status = self._manager.status_of(handle, SUBMIT_POSITION_QUEUE_LIMIT)
+        status = self._manager.status_of(handle, SUBMIT_POSITION_QUEUE_LIMIT, with_cost=False)
         return pb.SubmitResponse(request=request_to_proto(status), created=created)
 
     async def Stream(self, request: pb.StreamRequest, context: Context) -> None:  # type: ignore[override]
@@ -112,7 +112,7 @@ class InferenceServicer(inference_service_pb2_grpc.InferenceServiceServicer):
                 response.next_page_token = page_token("request", str(last))
                 break
             # Without the position in the queue, which costs a walk over it each.
-            response.requests.append(request_to_proto(handle.status(None)))
+            response.requests.append(request_to_proto(self._manager.status_of(handle, 0)))
             last = handle.sequence
         return response
 

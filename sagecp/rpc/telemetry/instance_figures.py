@@ -124,6 +124,24 @@ INSTANCE_FIGURES: tuple[Figure[InstanceMoment], ...] = (
         "Predicted time until the prefill work of the instance is done.",
         lambda m: m.record.load.backlog_s(m.now),
     ),
+    Figure(
+        "sagecp_instance_busy_seconds_total",
+        "counter",
+        "Time in which the instance had requests of the control plane.",
+        lambda m: m.record.meter.busy_s(m.now),
+    ),
+    Figure(
+        "sagecp_instance_busy_cost_usd_total",
+        "counter",
+        "What that time cost, US dollars, where a price is known.",
+        lambda m: m.record.meter.busy_usd(m.now) if m.record.usd_per_hour else None,
+    ),
+    Figure(
+        "sagecp_instance_idle_cost_usd_total",
+        "counter",
+        "What the time without any request cost, US dollars, where a price is known.",
+        lambda m: m.record.meter.idle_usd(m.now) if m.record.usd_per_hour else None,
+    ),
     _engine(
         "requests_running", "gauge", "Requests that run inside the engine.", lambda g: g.running_request_count
     ),

@@ -29,8 +29,8 @@ class _Class:
     """The series of one model and priority, so that a request costs one look-up."""
 
     __slots__ = (
-        "accepted", "cached_tokens", "ended", "input_tokens", "latency", "output_tokens", "queue_wait", "slo",
-        "tpot", "ttft",
+        "accepted", "cached_tokens", "cost_usd", "ended", "input_tokens", "latency", "output_tokens",
+        "queue_wait", "slo", "tpot", "ttft",
     )  # fmt: skip
 
     def __init__(self, telemetry: RequestTelemetry, model: str, priority: str) -> None:
@@ -42,6 +42,7 @@ class _Class:
         self.input_tokens = telemetry.input_tokens.cell(model, priority)
         self.cached_tokens = telemetry.cached_tokens.cell(model, priority)
         self.output_tokens = telemetry.output_tokens.cell(model, priority)
+        self.cost_usd = telemetry.cost_usd.cell(model, priority)
         self.ended: dict[tuple[RequestState, ErrorReason | None], Counter] = {}
         # By objective: met, violated. Both from the start, so that a first violation is an increase.
         self.slo: dict[str, tuple[Counter, Counter]] = {}
@@ -107,6 +108,11 @@ class RequestTelemetry:
         self.output_tokens = counter(
             "sagecp_output_tokens_total", "Tokens that ended requests produced.", _CLASS
         )
+        self.cost_usd = counter(
+            "sagecp_request_cost_usd_total",
+            "What ended requests cost, US dollars: their shares of busy time, where a price is known.",
+            _CLASS,
+        )
         self.slo_count = counter(
             "sagecp_slo_requests_total",
             "Ended requests with an objective, by objective and whether it was met; objective all: every "
@@ -124,11 +130,14 @@ class RequestTelemetry:
             "Tokens that ended requests produced, by tenant.",
             ("tenant",),
         )
+        self.tenant_cost_usd = counter(
+            "sagecp_tenant_cost_usd_total", "What ended requests cost, US dollars, by tenant.", ("tenant",)
+        )
         self._families: tuple[Family[Counter] | Family[Histogram], ...] = (
             self.accepted_count, self.ended_count, self.refused_count, self.lost_attempts,
             self.latency, self.ttft, self.tpot, self.queue_wait,
-            self.input_tokens, self.cached_tokens, self.output_tokens, self.slo_count,
-            self.tenant_requests, self.tenant_input_tokens, self.tenant_output_tokens,
+            self.input_tokens, self.cached_tokens, self.output_tokens, self.cost_usd, self.slo_count,
+            self.tenant_requests, self.tenant_input_tokens, self.tenant_output_tokens, self.tenant_cost_usd,
         )  # fmt: skip
         self._classes: dict[tuple[str, RequestPriority], _Class] = {}
         self._models: set[str] = set()
@@ -178,6 +187,9 @@ class RequestTelemetry:
         self.tenant_requests.cell(tenant, state.name).value += 1
         self.tenant_input_tokens.cell(tenant).value += prompt_tokens
         self.tenant_output_tokens.cell(tenant).value += sample.output_token_count
+        if sample.cost_usd is not None:
+            cells.cost_usd.value += sample.cost_usd
+            self.tenant_cost_usd.cell(tenant).value += sample.cost_usd
 
     def _judge(self, cells: _Class, record: RequestRecord, sample: EndedSample) -> None:
         succeeded = sample.state is RequestState.SUCCEEDED
@@ -219,6 +231,7 @@ class RequestTelemetry:
             self.tenant_requests.drop(tenant, state.name)
         self.tenant_input_tokens.drop(tenant)
         self.tenant_output_tokens.drop(tenant)
+        self.tenant_cost_usd.drop(tenant)
 
     # -- writing -------------------------------------------------------------------
 
