@@ -157,7 +157,7 @@ async def test_drain_asks_and_drains_and_resume_takes_it_back(rig: Rig) -> None:
 async def test_a_refused_drain_says_why_and_can_be_forced(rig: Rig) -> None:
     await rig.add_engine("e1")
     async with running_console(rig.server.address) as console:
-        await console.until(" e1 ")
+        await console.until(" e1 ", "load  ")
         console.press("d")
         await console.until("Drain e1?")
         console.press("y")
@@ -207,7 +207,7 @@ async def test_explain_shows_the_receipt_of_a_request(rig: Rig) -> None:
     await rig.submit("one-request")
     (await engine.next_call()).answer("a", "b")
     async with running_console(rig.server.address, size=(100, 30)) as console:
-        await console.until(" e1 ")
+        await console.until(" e1 ", "load  ")
         console.press("e")
         await console.until("Recent requests of e1", "one-request")
         console.press("enter")
@@ -231,7 +231,7 @@ async def test_without_requests_explain_says_so(rig: Rig) -> None:
 async def test_details_show_everything_of_an_instance(rig: Rig) -> None:
     stream = await beat(rig, "e1", gpu_absent_reason="no NVML here")
     async with running_console(rig.server.address, size=(100, 40)) as console:
-        await console.until(" e1 ")
+        await console.until(" e1 ", "load  ")
         console.press("i")
         await console.until("Instance e1", "engine says", "0 of at most 64", "no NVML here")
         console.press("q")
@@ -243,7 +243,7 @@ async def test_sleep_is_ordered_or_refused_with_a_reason(rig: Rig) -> None:
     await rig.add_engine("e1")
     await rig.add_engine("e2")
     async with running_console(rig.server.address, size=(100, 30)) as console:
-        await console.until(" e1 ")
+        await console.until(" e1 ", "load  ")
         console.press("w")
         await console.until("Have e1 sleep?")
         console.press("1")
@@ -311,7 +311,7 @@ async def test_whatever_is_typed_it_goes_on(rig: Rig, seed: int) -> None:
 async def test_pause_holds_the_picture(rig: Rig) -> None:
     await rig.add_engine("e1")
     async with running_console(rig.server.address) as console:
-        await console.until(" e1 ")
+        await console.until(" e1 ", "load  ")
         console.press("p")
         await console.until("PAUSED")
         read_s = console.app.picture.read_s
@@ -350,7 +350,7 @@ async def test_sort_filter_and_zoom(rig: Rig) -> None:
 async def test_it_grows_with_the_terminal(rig: Rig) -> None:
     await rig.add_engine("e1")
     async with running_console(rig.server.address) as console:
-        await console.until(" e1 ")
+        await console.until(" e1 ", "load  ")
         assert "MODEL" not in console.text
         await console.resize(160, 48)
         await console.until("MODEL", "Tab panel")
