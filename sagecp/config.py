@@ -151,6 +151,18 @@ class ConsoleConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerConfig:
+    """What the planner is told of the fleet.
+
+    Attributes:
+        models: A checkpoint's folder, or its ``config.json``, by the name a model is served under.
+            Public models are known by their names.
+    """
+
+    models: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TracingConfig:
     """Traces of requests over OpenTelemetry. Needs the extra ``otel``.
 
@@ -228,6 +240,7 @@ class ServerConfig:
     tracing: TracingConfig = field(default_factory=TracingConfig)
     console: ConsoleConfig = field(default_factory=ConsoleConfig)
     prices: GpuPrices = field(default_factory=GpuPrices)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
 
     def validate(self) -> ServerConfig:
         """Return self if every setting is usable.
@@ -437,7 +450,8 @@ def _build(
                 violations.append(FieldViolation(where, f"must be a table [{where}]"))
         elif typing.get_origin(expected) is Mapping:
             if isinstance(value, Mapping):
-                values[name] = _flat_numbers(value, where, violations)
+                is_text = typing.get_args(expected)[1] is str
+                values[name] = (_texts if is_text else _flat_numbers)(value, where, violations)
             else:
                 violations.append(FieldViolation(where, f"must be a table [{where}]"))
         elif expected is float and isinstance(value, int) and not isinstance(value, bool):
@@ -449,6 +463,17 @@ def _build(
         else:
             values[name] = value
     return kind(**values) if not violations else None
+
+
+def _texts(table: Mapping[str, Any], where: str, violations: list[FieldViolation]) -> dict[str, str]:
+    """Return the texts of a table."""
+    for name, value in table.items():
+        if not isinstance(value, str):
+            hint = "; put names with dots in quotes" if isinstance(value, Mapping) else ""
+            violations.append(
+                FieldViolation(f"{where}[{name!r}]", f"must be text, and is {type(value).__name__}{hint}")
+            )
+    return {name: value for name, value in table.items() if isinstance(value, str)}
 
 
 def _flat_numbers(table: Mapping[str, Any], where: str, violations: list[FieldViolation]) -> dict[str, float]:

@@ -56,6 +56,8 @@ def show(message: pb.GetStatusResponse, server: str, output: str) -> None:
     )
     _show_loops(now)
     _show_predictions(message)
+    _show_step_times(message)
+    _show_plans(message)
     _show_faults(now)
 
 
@@ -157,6 +159,43 @@ def _show_predictions(message: pb.GetStatusResponse) -> None:
             for each in message.prediction_accuracy
         ],
     )
+
+
+def _show_step_times(message: pb.GetStatusResponse) -> None:
+    if not message.step_time_accuracy:
+        return
+    click.echo()
+    render.print_table(
+        (
+            render.Column("STEPS OF", flexible=True),
+            render.Column("OBSERVED", right=True),
+            render.Column("ACTUAL/PLANNED", right=True),
+            render.Column("DECODES", right=True),
+            render.Column("PREFILLS", right=True),
+            render.Column("PLANNED BY", flexible=True, optional=True),
+        ),
+        [
+            (
+                each.kind,
+                render.count(each.observation_count),
+                f"{each.observed_ratio:.2f}{' drift' if each.drifting else ''}",
+                f"{each.decode_ratio:.2f}" if each.decode_ratio else render.NONE,
+                f"{each.prefill_ratio:.2f}" if each.prefill_ratio else render.NONE,
+                each.source,
+            )
+            for each in message.step_time_accuracy
+        ],
+    )
+
+
+def _show_plans(message: pb.GetStatusResponse) -> None:
+    if not message.fleet_plans:
+        return
+    click.echo()
+    for each in message.fleet_plans:
+        head = f"plan of {each.model} on {each.gpu_count} x {each.gpu_name}: "
+        text = head + each.message
+        click.echo(render.harmless(click.style(text, fg="yellow") if each.change_advised else text))
 
 
 def _show_faults(now: ControlPlaneStatus) -> None:

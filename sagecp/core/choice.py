@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sagecp.core.placement import CandidateRow, PlacementInputs
+from sagecp.core.plan_preference import unsuited_score
 from sagecp.core.policies.base import SchedulingPolicy
 from sagecp.core.router.base import RoutingStrategy
 
@@ -38,9 +39,10 @@ class Choice:
 def choose(strategy: RoutingStrategy, policy: SchedulingPolicy, inputs: PlacementInputs) -> Choice:
     """Choose an instance, or to wait for one.
 
-    The lowest score wins; ties go to the instance that was chosen longest ago,
-    then by id. When the winner is busy, the best open candidate is taken if its
-    score is within the patience of the winner's.
+    The lowest score wins, after those of instances whose plan does not suit were made
+    worse; ties go to the instance that was chosen longest ago, then by id. When the
+    winner is busy, the best open candidate is taken if its score is within the
+    patience of the winner's.
 
     Args:
         strategy: Rates the candidates.
@@ -66,6 +68,14 @@ def choose(strategy: RoutingStrategy, policy: SchedulingPolicy, inputs: Placemen
         ranked = [
             (score(request, row, parameters), row.last_dispatch_sequence, row.instance_id, row)
             for row in inputs.candidates
+        ]
+    if any(row.plan_mismatch for row in inputs.candidates):
+        share = parameters["placement.plan_preference"]
+        ranked = [
+            (unsuited_score(entry[0], share, is_loss=strategy.is_loss), *entry[1:])
+            if entry[3].plan_mismatch
+            else entry
+            for entry in ranked
         ]
     # Ids are unique: no comparison gets as far as the rows.
     ranked.sort()

@@ -12,6 +12,7 @@ from sagecp.core.choice import Choice, choose
 from sagecp.core.fleet import Fleet
 from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
+from sagecp.core.plan_preference import plan_mismatches
 from sagecp.core.policies.base import PolicyContext, PolicyVerdict, SchedulingPolicy
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.prediction.placement import BATCH_TOKEN_COUNT, miss_probability, predict
@@ -332,6 +333,7 @@ class Dispatcher:
         now: float,
         *,
         is_open: bool = True,
+        plan_mismatch: int = 0,
     ) -> CandidateRow:
         """Return an instance as placements see it."""
         load = instance.load
@@ -365,6 +367,7 @@ class Dispatcher:
             instance.usd_per_hour,
             extra,
             load.kind.model.parameters,
+            plan_mismatch,
         )
 
     def _observe(
@@ -376,6 +379,7 @@ class Dispatcher:
         now: float,
     ) -> PlacementInputs:
         extras = self.strategy.extras(record, instances)
+        mismatches = plan_mismatches(record, instances, self.parameters)
         block_tokens = record.digest.block_token_count
         # At least one token is always computed.
         most_cached = record.prompt_token_count - 1
@@ -386,6 +390,7 @@ class Dispatcher:
                 0.0 if extras is None else extras[number],
                 now,
                 is_open=number < open_count,
+                plan_mismatch=0 if mismatches is None else mismatches[number],
             )
             for number, instance in enumerate(instances)
         )

@@ -14,6 +14,7 @@ from sagecp.core.health_limits import HealthLimits
 from sagecp.core.instance_health import InstanceHealth
 from sagecp.core.instance_load import InstanceLoad
 from sagecp.core.least_value import LeastValue
+from sagecp.core.parallelism.parallelism_config import config_of
 from sagecp.core.prediction.residual import Residual
 from sagecp.core.prices import GpuPrice, GpuPrices
 from sagecp.core.request import RequestRecord
@@ -33,6 +34,7 @@ class InstanceRecord:
     """One instance. Only the scheduler changes it; everything else reads.
 
     Attributes:
+        plan: Its parallel sizes.
         incarnation: 0: no agent, no lease.
         lease_expire_s: On the core's clock; ``None``: no lease.
         concurrency_limit: Most requests to have there now. Starts at the
@@ -88,6 +90,7 @@ class InstanceRecord:
         price: GpuPrice | None = None,
     ) -> None:
         self.spec = spec
+        self.plan = config_of(spec)
         self.instance_id = spec.instance_id
         self.incarnation = incarnation
         self.register_s = now

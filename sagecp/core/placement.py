@@ -58,6 +58,7 @@ class CandidateRow(NamedTuple):
         usd_per_hour: Price of the whole instance; 0: unknown.
         extra: What the routing strategy or balancer adds: a weight, a position, a draw.
         step_time: Constants of a step of its kind.
+        plan_mismatch: 1: its parallel sizes do not suit the request, and others' do.
     """
 
     instance_id: str
@@ -82,6 +83,7 @@ class CandidateRow(NamedTuple):
     usd_per_hour: float
     extra: float
     step_time: StepTimeParameters
+    plan_mismatch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ SHARED_PARAMETERS = (
         0.1,
         0.0,
         10.0,
-        "What it counts that an instance's plan suits a request: a share of its limit, time or loss. 0: nothing.",
+        "Share by which a score may be worse where an instance's plan suits the request. 0: no preference.",
     ),
     Parameter(
         "placement.long_request_tokens",

@@ -29,6 +29,7 @@ from sagecp.rpc.servicers.fleet import FleetServicer
 from sagecp.rpc.servicers.inference import InferenceServicer
 from sagecp.rpc.telemetry.exporter import MetricsExporter
 from sagecp.runtime.manager import ControlPlaneManager
+from sagecp.runtime.model_files import read_models
 from sagecp.runtime.policy_evaluation import PolicyEvaluator
 from sagecp.runtime.store.open_store import make_load_file, make_store
 from sagecp.runtime.tracing.base import RequestTracer
@@ -109,6 +110,7 @@ class ControlPlaneServer:
             engine=config.engine,
             policy_evaluator=policy_evaluator,
             store=make_store(config.journal, split_address(config.listen)[1]),
+            models=read_models(config.planner.models),
             load_file=make_load_file(config.journal, split_address(config.listen)[1]),
             tracer=self._make_tracer(config.tracing),
         )

@@ -489,6 +489,12 @@ class ControlLoop:
             logger.info("the journal is well again")
             self.reporter.trouble_over("the journal is well again")
 
+    def _look_at_step_times(self) -> None:
+        """Tell of kinds of instances that leave their planned step times, or keep to them again."""
+        most_drift = self.scheduler.settings.current.values["prediction.step_time_drift"]
+        for report in look_for_drift(self.scheduler.fleet, most_drift):
+            self.reporter.step_time_drifted(report)
+
     def _on_fail_static_changed(self, effect: fx.FailStaticChanged) -> None:
         title = "fail static" if effect.active else "fail static is over"
         logger.log(logging.WARNING if effect.active else logging.INFO, title, extra={"reason": effect.why})
@@ -529,9 +535,7 @@ class ControlLoop:
                 if now - self._drift_look_s >= DRIFT_INTERVAL_S:
                     self._drift_look_s = now
                     self.reporter.look_at_predictions(self.scheduler.book.accuracy.summary())
-                    most_drift = self.scheduler.settings.current.values["prediction.step_time_drift"]
-                    for report in look_for_drift(self.scheduler.fleet, most_drift):
-                        self.reporter.step_time_drifted(report)
+                    self._look_at_step_times()
                 self._scheduling_runs.note(now)
             except Exception:
                 # A net with a hole is still a net.

@@ -27,6 +27,9 @@ from sagecp.core.errors import (
     ShuttingDownError,
 )
 from sagecp.core.instance_record import InstanceRecord
+from sagecp.core.parallelism.fleet_advice import FleetAdvice
+from sagecp.core.parallelism.model_description import ModelDescription
+from sagecp.core.parallelism.model_knowledge import ModelKnowledge
 from sagecp.core.prediction.accuracy import QuantityAccuracy
 from sagecp.core.prediction.step_time_report import StepTimeReport, step_time_reports
 from sagecp.core.scheduler import Scheduler
@@ -47,6 +50,7 @@ from sagecp.runtime.engines.request_body import body_violations, engine_request_
 from sagecp.runtime.event_log import EventLog
 from sagecp.runtime.executor import ClientFactory, ExecutionCoordinator
 from sagecp.runtime.fleet_metrics import fleet_metrics, gpus_by_instance
+from sagecp.runtime.fleet_plans import FleetPlans
 from sagecp.runtime.heartbeat_counts import BAD_FIGURE, HeartbeatCounts
 from sagecp.runtime.load_file import LoadFile
 from sagecp.runtime.load_recorder import ForecastAnswer
@@ -96,6 +100,8 @@ class ControlPlaneManager:
         store: Keeps durable requests over restarts; ``None``: none is durable.
         tracer: Makes traces of requests; ``None``: nobody does.
         load_file: Keeps the history of load over restarts; ``None``: it begins anew.
+        models: What is known of models, by the name they are served under, for plans and what
+            they are held to; public models are known by their names.
 
     Raises:
         UnknownNameError: A name is not known; lists those that are.
@@ -119,8 +125,10 @@ class ControlPlaneManager:
         store: Store | None = None,
         tracer: RequestTracer | None = None,
         load_file: LoadFile | None = None,
+        models: Mapping[str, ModelDescription] | None = None,
     ) -> None:
         base = scheduler or SchedulerConfig()
+        knowledge = ModelKnowledge(models)
         self.runtime_config = runtime or RuntimeConfig()
         self.scheduler = Scheduler(
             dataclasses.replace(
@@ -128,7 +136,8 @@ class ControlPlaneManager:
                 scheduling_policy=scheduling_policy or base.scheduling_policy,
                 routing_strategy=routing_strategy or base.routing_strategy,
                 load_balancer=load_balancer or base.load_balancer,
-            )
+            ),
+            knowledge.planned_for,
         )
         self.coordinator = ExecutionCoordinator(engine, client_factory)
         self.monitor = Monitor(enabled=enable_monitoring, start_s=clock())
@@ -144,6 +153,7 @@ class ControlPlaneManager:
             tracer,
             load_file,
         )
+        self._fleet_plans = FleetPlans(self.scheduler, self._loop.load.history, knowledge)
         self._store = store
         self._draining_cut_s: float | None = None
         self._enable_monitoring = enable_monitoring
@@ -165,6 +175,7 @@ class ControlPlaneManager:
             await self._loop.load.start()
             self._accepting = True
             self._loop.start(monitoring=self._enable_monitoring)
+            self._fleet_plans.start()
             self._loop.reporter.control_plane(f"the control plane started, version {__version__}")
 
     async def drain(self, timeout_s: float) -> bool:
@@ -190,6 +201,7 @@ class ControlPlaneManager:
         """
         self._accepting = False
         was_running = self._loop.running
+        await self._fleet_plans.stop()
         await self._loop.stop()
         if was_running:
             self._loop.reporter.control_plane("the control plane stopped")
@@ -680,6 +692,10 @@ class ControlPlaneManager:
         gpus = gpus_by_instance(self.scheduler, match)
         overall = fleet_metrics(*asked, None, gpus)
         return overall, None if dimension is None else fleet_metrics(*asked, dimension, gpus)
+
+    def fleet_advice(self) -> tuple[FleetAdvice, ...]:
+        """Return what the planner thinks of how each model is spread over its GPUs."""
+        return self._fleet_plans.advice()
 
     async def forecast_load(
         self, horizon_s: float = 3600.0, model: str = "", tenant_id: str = ""

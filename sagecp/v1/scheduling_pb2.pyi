@@ -408,6 +408,7 @@ class PlacementCandidateInputs(_message.Message):
     USD_PER_HOUR_FIELD_NUMBER: _builtins.int
     EXTRA_FIELD_NUMBER: _builtins.int
     STEP_TIME_FIELD_NUMBER: _builtins.int
+    PLAN_MISMATCH_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """The instance."""
     last_dispatch_sequence: _builtins.int
@@ -454,6 +455,8 @@ class PlacementCandidateInputs(_message.Message):
     """What the routing strategy or the load balancer added: a weight, a position,
     a random draw.
     """
+    plan_mismatch: _builtins.int
+    """1: its parallel sizes do not suit the request, and others' do."""
     @_builtins.property
     def step_time(self) -> Global___StepTimeConstants:
         """Constants of a step of its kind, as learned by then."""
@@ -483,10 +486,11 @@ class PlacementCandidateInputs(_message.Message):
         usd_per_hour: _builtins.float = ...,
         extra: _builtins.float = ...,
         step_time: Global___StepTimeConstants | None = ...,
+        plan_mismatch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["step_time", b"step_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "cached_token_count", b"cached_token_count", "concurrency_limit", b"concurrency_limit", "context_token_count", b"context_token_count", "decode_count", b"decode_count", "extra", b"extra", "in_flight_count", b"in_flight_count", "instance_id", b"instance_id", "is_open", b"is_open", "key_value_token_capacity", b"key_value_token_capacity", "last_dispatch_sequence", b"last_dispatch_sequence", "latency_estimate_s", b"latency_estimate_s", "opens_in_s", b"opens_in_s", "prefill_share", b"prefill_share", "reserved_token_count", b"reserved_token_count", "sigma", b"sigma", "step_time", b"step_time", "tpot_estimate_s", b"tpot_estimate_s", "tpot_factor", b"tpot_factor", "ttft_estimate_s", b"ttft_estimate_s", "ttft_factor", b"ttft_factor", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "cached_token_count", b"cached_token_count", "concurrency_limit", b"concurrency_limit", "context_token_count", b"context_token_count", "decode_count", b"decode_count", "extra", b"extra", "in_flight_count", b"in_flight_count", "instance_id", b"instance_id", "is_open", b"is_open", "key_value_token_capacity", b"key_value_token_capacity", "last_dispatch_sequence", b"last_dispatch_sequence", "latency_estimate_s", b"latency_estimate_s", "opens_in_s", b"opens_in_s", "plan_mismatch", b"plan_mismatch", "prefill_share", b"prefill_share", "reserved_token_count", b"reserved_token_count", "sigma", b"sigma", "step_time", b"step_time", "tpot_estimate_s", b"tpot_estimate_s", "tpot_factor", b"tpot_factor", "ttft_estimate_s", b"ttft_estimate_s", "ttft_factor", b"ttft_factor", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from sagecp.core.prediction.load_history import LoadBucket, bucket_number
 from sagecp.runtime.engines.base import EngineFailedError, EngineRejectedError
 from sagecp.v1 import admin_service_pb2, fleet_service_pb2, instance_pb2, metrics_pb2, request_pb2
 from sagecp.version import __version__
@@ -154,3 +157,26 @@ async def test_the_configuration_and_what_could_be_chosen(rig: Rig) -> None:
     assert {"adaptive", "fifo"} <= set(response.available_scheduling_policies)
     assert {"load_balanced", "round_robin", "random"} <= set(response.available_routing_strategies)
     assert "predicted_latency" in response.available_load_balancers
+
+
+async def test_status_tells_how_the_fleet_is_spread_and_what_would_be_better(rig: Rig) -> None:
+    spec = rig.spec("e1", model="llama-3.1-8b")
+    spec.gpu_name, spec.gpu_count = "NVIDIA H100 80GB HBM3", 4
+    spec.parallel_sizes.tensor_parallel_size = 4
+    await rig.instances.RegisterInstance(fleet_service_pb2.RegisterInstanceRequest(spec=spec))
+    plans = rig.manager._fleet_plans
+    await plans.look()
+    (idle,) = (await rig.admin.GetStatus(pb.GetStatusRequest())).fleet_plans
+    assert (idle.model, idle.instance_count, idle.gpu_count) == ("llama-3.1-8b", 1, 4)
+    assert "there was no traffic of late" in idle.message
+    # A bucket with traffic that is over.
+    history = rig.manager._loop.load.history
+    bucket = LoadBucket(bucket_number(time.time()) - 1, "llama-3.1-8b", "", (600.0, 6e5, 1.8e5, 0.0))
+    history.restore([bucket])
+    await plans.look()
+    (plan,) = (await rig.admin.GetStatus(pb.GetStatusRequest())).fleet_plans
+    assert plan.change_advised
+    assert plan.gain_ratio > 1.2
+    assert plan.recommended.replica_count == 4
+    assert plan.recommended.sizes.tensor_parallel_size == 1
+    assert len(plan.recommended.commands) == 4

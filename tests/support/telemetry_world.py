@@ -144,6 +144,10 @@ async def _report(rig: Rig) -> None:
         )
     )
     manager.refuse_heartbeat(AGENT_INSTANCE, InstanceNotFoundError(AGENT_INSTANCE))
+    # A step of each phase, as an engine under load gives them.
+    load = manager.instance(AGENT_INSTANCE).load
+    load.kind.accuracy.observe_decode(0.02, 8.0, 8000.0, load.planned_ratio)
+    load.kind.accuracy.observe_prefill(0.3, 2.0, 4000.0, 0.0, 0.0, load.planned_ratio)
 
 
 def _request(request_id: str, **more: Any) -> RequestMetadata:

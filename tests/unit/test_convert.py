@@ -35,11 +35,14 @@ from sagecp.core.errors import (
 from sagecp.core.gpu import GpuDevice, GpuLink, GpuLinkKind
 from sagecp.core.instance_load import InstanceLoad
 from sagecp.core.instance_record import InstanceRecord
+from sagecp.core.parallelism.fleet_advice import FleetAdvice, FleetGroup
+from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.placement import CandidateRow, PlacementInputs, RequestRow
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.prediction.accuracy import QuantityAccuracy
 from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.prediction.step_time import StepTimeParameters
+from sagecp.core.prediction.step_time_report import StepTimeReport
 from sagecp.core.receipts import run_again
 from sagecp.core.router.registry import LOAD_BALANCERS
 from sagecp.core.settings import PARAMETERS, SettingsChange, SettingsHistory
@@ -521,6 +524,22 @@ def test_what_is_unknown_is_absent() -> None:
     assert not message.usage.HasField("cached_prompt_token_count")
 
 
+STEP_TIMES = StepTimeReport(
+    model="m",
+    gpu_name="NVIDIA L4",
+    config=ParallelismConfig(tensor_parallel_size=2),
+    source="planned",
+    observation_count=30,
+    ratio=1.1,
+    decode_ratio=1.2,
+    prefill_ratio=None,
+    drifting=False,
+)
+FLEET_GROUP = FleetGroup(
+    model="m", gpu_name="NVIDIA L4", instance_count=2, gpu_count=4, config=ParallelismConfig()
+)
+
+
 def step_time(scale: float = 1.0) -> StepTimeParameters:
     return StepTimeParameters(
         overhead_s=0.002 * scale,
@@ -590,7 +609,10 @@ def decided(
 
 
 def test_a_decision_is_shown_with_its_candidates_and_what_it_was_made_from() -> None:
-    rows = (candidate("i"), candidate("j", is_open=0, opens_in_s=0.42, backlog_s=0.0))
+    rows = (
+        candidate("i", plan_mismatch=1),
+        candidate("j", is_open=0, opens_in_s=0.42, backlog_s=0.0, plan_mismatch=1),
+    )
     message = decision_to_proto(decided(PlacementInputs(REQUEST_ROW, rows, PARAMETERS.resolve({}))), 10.0)
     assert {f.name for f, _ in message.ListFields()} == {f.name for f in message.DESCRIPTOR.fields}
     assert message.decision_time.seconds == 10
@@ -642,6 +664,7 @@ CANDIDATE_ROWS = st.builds(
     st.sampled_from(["a", "b", "c", "d"]),
     last_dispatch_sequence=st.integers(0, 2**40),
     is_open=st.integers(0, 1),
+    plan_mismatch=st.integers(0, 1),
     opens_in_s=numbers(),
     in_flight_count=st.integers(0, 500),
     concurrency_limit=st.integers(1, 500),
@@ -1023,7 +1046,13 @@ def test_the_state_of_the_control_plane_is_shown_whole() -> None:
                 count=1, bias_ratio=1.0, median_error_ratio=0.1, p90_error_ratio=0.1, upper_coverage=None
             ),
         },
+        [STEP_TIMES],
+        [FleetAdvice(group=FLEET_GROUP, gain_ratio=1.5, change_advised=True, message="change it")],
     )
+    assert message.step_time_accuracy[0].kind == "m on NVIDIA L4, TP2"
+    assert message.step_time_accuracy[0].sizes.tensor_parallel_size == 2
+    assert message.fleet_plans[0].gain_ratio == 1.5
+    assert not message.fleet_plans[0].HasField("recommended")
     assert {f.name for f, _ in message.ListFields()} == {f.name for f in message.DESCRIPTOR.fields}
     assert message.scheduling.scheduling_policy == "fifo"
     assert message.recent_faults[0].message == "broke"

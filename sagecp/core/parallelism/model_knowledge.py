@@ -47,12 +47,12 @@ class ModelKnowledge:
         )
         try:
             step = plan_step_time(model, pool, config, EngineOptions())
-            parameters = step.parameters
         except (ValueError, ArithmeticError):
             # Sizes that the model cannot have; an instance may claim anything.
             return None
         return PlannedStepTime(
-            parameters=parameters,
+            # The planner's own formula: no constants follow a mixture of experts.
+            step_times=step,
             source=f"planned: {model.name or spec.model_name} as {config} on {gpu.name}",
             lane_count=lane_count_of(config),
         )

@@ -49,7 +49,7 @@ class InstanceKind:
     ) -> None:
         self.model = StepTimeModel(prior)
         self.accuracy = StepTimeAccuracy(
-            planned or PlannedStepTime(parameters=prior, source=source, reliable=trusted)
+            planned or PlannedStepTime(step_times=prior, source=source, reliable=trusted)
         )
         self.source = source
         self.name = name

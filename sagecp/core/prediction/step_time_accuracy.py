@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from sagecp.core.prediction.step_time import StepTimeParameters
+from typing import Protocol
 
 MEMORY_OBSERVATION_COUNT = 100
 """Observations that a running ratio remembers, exponentially weighted."""
@@ -20,19 +19,32 @@ _END_SHARE = 0.75
 _PLAUSIBLE_LOG = math.log(3.0)
 
 
+class StepTimes(Protocol):
+    """Durations of steps, by constants or by a planner's own formula."""
+
+    @property
+    def attention_per_token_pair_s(self) -> float:
+        """Seconds for each pair of a prefill token and a token before it."""
+
+    def step_s(
+        self, token_count: float, decode_context_tokens: float = 0.0, token_pairs: float = 0.0
+    ) -> float:
+        """Return the duration of one step, in seconds."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStepTime:
     """Step times that were predicted before the first observation, and stay as they are.
 
     Attributes:
-        parameters: Of one copy of the model.
+        step_times: Of one copy of the model.
         source: Where they came from, in words for people.
         reliable: Whether an engine can be held to them; a guess is shown, and never called a drift.
         lane_count: Batches that an instance works on at a time: copies times pipeline stages.
             Each has its share of the instance's requests.
     """
 
-    parameters: StepTimeParameters
+    step_times: StepTimes
     source: str
     reliable: bool = True
     lane_count: int = 1
@@ -65,8 +77,7 @@ class RunningRatio:
             error = _PLAUSIBLE_LOG
         elif error < -_PLAUSIBLE_LOG:
             error = -_PLAUSIBLE_LOG
-        weight_count = self.count if self.count < MEMORY_OBSERVATION_COUNT else MEMORY_OBSERVATION_COUNT
-        self._log_mean += error / weight_count
+        self._log_mean += error / min(self.count, MEMORY_OBSERVATION_COUNT)
 
     def is_off(self, most_drift: float) -> bool:
         """Return whether it differs from 1 by more than a share."""
@@ -110,7 +121,7 @@ class StepTimeAccuracy:
         lanes = self.planned.lane_count
         # A lane with nothing to do takes no step: the one observed had one request at least.
         count, context = max(1.0, decode_count / lanes), context_tokens / min(lanes, max(1.0, decode_count))
-        self._add(step_s, self.planned.parameters.decode_step_s(count, context), self.decodes, own)
+        self._add(step_s, self.planned.step_times.step_s(count, context), self.decodes, own)
 
     def observe_prefill(
         self,
@@ -133,9 +144,9 @@ class StepTimeAccuracy:
         """
         if self.planned.lane_count > 1:
             return
-        parameters = self.planned.parameters
-        planned_s = step_count * parameters.step_s(token_count / step_count, mean_context)
-        planned_s += parameters.attention_per_token_pair_s * token_pairs
+        times = self.planned.step_times
+        planned_s = step_count * times.step_s(token_count / step_count, mean_context)
+        planned_s += times.attention_per_token_pair_s * token_pairs
         self._add(duration_s, planned_s, self.prefills, own)
 
     def judge(self, most_drift: float) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from sagecp.core.parallelism.fleet_advice import FleetAdvice
 from sagecp.core.prediction.accuracy import QuantityAccuracy
+from sagecp.core.prediction.step_time_report import StepTimeReport
 from sagecp.core.types import ControlPlaneStatus, LoopStatus
+from sagecp.rpc.convert.plan_response import plan_to_proto, sizes_to_proto
 from sagecp.v1 import admin_service_pb2, scheduling_pb2
 from sagecp.wire.times import duration, timestamp
 
@@ -15,6 +18,8 @@ def status_to_proto(
     scheduling: scheduling_pb2.SchedulingConfig,
     policy_in_force: str,
     accuracy: Mapping[str, QuantityAccuracy],
+    step_times: Iterable[StepTimeReport] = (),
+    advice: Iterable[FleetAdvice] = (),
 ) -> admin_service_pb2.GetStatusResponse:
     """Return the state of the control plane as a message.
 
@@ -23,6 +28,8 @@ def status_to_proto(
         scheduling: The configuration in force.
         policy_in_force: The policy that orders the queue.
         accuracy: How right predictions were, by quantity.
+        step_times: How kinds of instances keep to their planned step times.
+        advice: What the planner thinks of the fleet's plans.
     """
     return admin_service_pb2.GetStatusResponse(
         version=status.version,
@@ -67,7 +74,41 @@ def status_to_proto(
             )
             for quantity, each in accuracy.items()
         ],
+        step_time_accuracy=map(_step_times_to_proto, step_times),
+        fleet_plans=map(_advice_to_proto, advice),
     )
+
+
+def _step_times_to_proto(report: StepTimeReport) -> admin_service_pb2.StepTimeAccuracy:
+    return admin_service_pb2.StepTimeAccuracy(
+        kind=report.kind,
+        model=report.model,
+        gpu_name=report.gpu_name,
+        sizes=sizes_to_proto(report.config),
+        source=report.source,
+        observation_count=report.observation_count,
+        observed_ratio=report.ratio,
+        decode_ratio=report.decode_ratio or 0.0,
+        prefill_ratio=report.prefill_ratio or 0.0,
+        drifting=report.drifting,
+    )
+
+
+def _advice_to_proto(advice: FleetAdvice) -> admin_service_pb2.FleetPlan:
+    group = advice.group
+    message = admin_service_pb2.FleetPlan(
+        model=group.model,
+        gpu_name=group.gpu_name,
+        instance_count=group.instance_count,
+        gpu_count=group.gpu_count,
+        sizes=sizes_to_proto(group.config),
+        gain_ratio=advice.gain_ratio,
+        change_advised=advice.change_advised,
+        message=advice.message,
+    )
+    if advice.recommended is not None and advice.query is not None:
+        message.recommended.CopyFrom(plan_to_proto(advice.query, advice.recommended))
+    return message
 
 
 def _loop_to_proto(loop: LoopStatus) -> admin_service_pb2.LoopStatus:

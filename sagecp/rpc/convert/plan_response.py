@@ -80,7 +80,7 @@ def plan_to_proto(
         commands = serve_commands(query.model, query.pool_of(plan.gpu_name), config, options)
     return parallelism_pb2.ParallelismPlan(
         type=_TYPE_NUMBERS[config.type],
-        sizes=_sizes_to_proto(config),
+        sizes=sizes_to_proto(config),
         replica_count=config.replica_count,
         gpu_count=config.gpu_count,
         key_value_token_capacity=plan.memory.key_value_token_capacity * copies,
@@ -128,7 +128,8 @@ def model_summary(model: ModelDescription, key_value_bytes: float) -> parallelis
     )
 
 
-def _sizes_to_proto(config: ParallelismConfig) -> parallelism_pb2.ParallelSizes:
+def sizes_to_proto(config: ParallelismConfig) -> parallelism_pb2.ParallelSizes:
+    """Return the sizes of one replica as a message."""
     return parallelism_pb2.ParallelSizes(
         tensor_parallel_size=config.tensor_parallel_size,
         pipeline_parallel_size=config.pipeline_parallel_size,
@@ -151,7 +152,7 @@ def _memory_to_proto(memory: MemoryEstimate) -> parallelism_pb2.PlanMemory:
 
 def _rejected_to_proto(plan: RejectedPlan) -> parallelism_pb2.RejectedPlan:
     return parallelism_pb2.RejectedPlan(
-        sizes=_sizes_to_proto(plan.config),
+        sizes=sizes_to_proto(plan.config),
         replica_count=plan.config.replica_count,
         gpu_name=plan.gpu_name,
         reasons=plan.reasons,

@@ -199,6 +199,8 @@ def _add_terms(
         if row is None:
             continue
         candidate.terms.update(strategy.terms(inputs.request, row, inputs.parameters))
+        if row.plan_mismatch:
+            candidate.terms["plan_preference"] = inputs.parameters["placement.plan_preference"]
         if not row.is_open and not candidate.excluded_reason:
             candidate.excluded_reason = f"busy for {_short_time(row.opens_in_s)}"
 

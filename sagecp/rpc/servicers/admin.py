@@ -61,6 +61,8 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
             self._config(manager.scheduling_settings()),
             manager.scheduler.policy_in_force,
             manager.prediction_accuracy(),
+            manager.step_time_accuracy(),
+            manager.fleet_advice(),
         )
 
     async def GetSchedulingConfig(

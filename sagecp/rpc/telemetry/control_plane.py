@@ -179,6 +179,21 @@ def _predictions(manager: ControlPlaneManager) -> Iterator[str]:
         ],
     )
     yield gauges(
+        "sagecp_step_time_ratio",
+        "Observed by planned step time of late, by kind of instance; above 1: slower than planned.",
+        ("model", "gpu", "plan", "phase"),
+        [
+            ((report.model, report.gpu_name, str(report.config), phase), value)
+            for report in manager.step_time_accuracy()
+            for phase, value in (
+                ("all", report.ratio),
+                ("decode", report.decode_ratio),
+                ("prefill", report.prefill_ratio),
+            )
+            if value is not None
+        ],
+    )
+    yield gauges(
         "sagecp_prediction_coverage_ratio",
         "Share of actual values at or below the predicted upper bound.",
         ("quantity",),
