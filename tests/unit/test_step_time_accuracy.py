@@ -19,7 +19,8 @@ from sagecp.core.prediction.step_time_report import StepTimeReport
 from sagecp.runtime.event_log import EventFilter, EventLog
 from sagecp.runtime.event_reporter import EventReporter
 from tests.support.core_world import make_instance
-from tests.unit.test_instance_load import MIXED_PROMPTS, OUTPUTS, LoadRig, poisson
+from tests.support.load_rig import LoadRig, poisson
+from tests.unit.test_instance_load import MIXED_PROMPTS, OUTPUTS
 
 STEP = prior_for("NVIDIA H100 80GB HBM3", "llama-3-8b").parameters
 
