@@ -152,10 +152,12 @@ def watch(
 @click.option("--max-context", type=int, metavar="N", help="Longest context, in tokens.")
 @click.option("--kv-tokens", type=int, metavar="N", help="Tokens that fit the KV cache.")
 @click.option("--gpus", type=int, default=0, metavar="N", help="GPUs it uses.")
+@click.option("--gpu-name", default="", help="Their kind, as the driver names it.")
 @click.option("--gpu-memory-gib", type=float, metavar="GIB", help="Memory of one GPU.")
 @click.option("--tensor-parallel-size", type=int, default=1, metavar="N")
 @click.option("--pipeline-parallel-size", type=int, default=1, metavar="N")
 @click.option("--data-parallel-size", type=int, default=1, metavar="N")
+@click.option("--expert-parallel-size", type=int, default=1, metavar="N")
 @click.option("--usd-per-gpu-hour", type=float, metavar="USD")
 @click.option("--label", "labels", multiple=True, type=PAIR, metavar="K=V", help="Repeatable.")
 @one_format_option
@@ -171,10 +173,12 @@ def register(
     max_context: int | None,
     kv_tokens: int | None,
     gpus: int,
+    gpu_name: str,
     gpu_memory_gib: float | None,
     tensor_parallel_size: int,
     pipeline_parallel_size: int,
     data_parallel_size: int,
+    expert_parallel_size: int,
     usd_per_gpu_hour: float | None,
     labels: tuple[tuple[str, str], ...],
 ) -> None:
@@ -194,10 +198,12 @@ def register(
         max_context_token_count=max_context,
         key_value_token_capacity=kv_tokens,
         gpu_count=gpus,
+        gpu_name=gpu_name,
         gpu_memory_gb=gpu_memory_gib,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
         data_parallel_size=data_parallel_size,
+        expert_parallel_size=expert_parallel_size,
         usd_per_gpu_hour=usd_per_gpu_hour,
         labels=dict(labels),
     )

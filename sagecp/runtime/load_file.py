@@ -57,7 +57,7 @@ class LoadFile:
         """Replace the file by these buckets, or leave it as it was."""
         beside = self._path.with_name(self._path.name + ".new")
         try:
-            with beside.open("w", encoding="utf-8") as file:
+            with open(beside, "w", encoding="utf-8", opener=_private) as file:
                 file.writelines(map(_line_of, buckets))
                 file.flush()
                 os.fsync(file.fileno())
@@ -73,7 +73,7 @@ class LoadFile:
         if not text:
             return
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", opener=_private) as file:
                 file.write(text)
             self._fault = ""
         except OSError as error:
@@ -89,6 +89,11 @@ class LoadFile:
                 what,
                 extra={"path": str(self._path), "reason": str(error)},
             )
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that nobody else may read: it names tenants, as the journal does."""
+    return os.open(path, flags, 0o600)
 
 
 def _line_of(bucket: LoadBucket) -> str:

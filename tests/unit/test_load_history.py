@@ -97,6 +97,7 @@ def test_the_file_gives_back_what_was_written_but_for_a_line_cut_short(tmp_path:
     with path.open("a") as damaged:
         damaged.write('[1,9,"m","",5.0,')
     assert file.read() == [first, second]
+    assert path.stat().st_mode & 0o777 == 0o600
     newer = LoadBucket(8, "m", "", (6.0, 0.0, 0.0, 0.0))
     file.rewrite([first, second])
     file.append([newer])
