@@ -177,3 +177,33 @@ async def test_the_client_says_why_a_watch_failed() -> None:
         with pytest.raises(UnavailableError) as caught:
             await anext(client.watch_events())
     assert caught.value.reason in {None, ErrorReason.SHUTTING_DOWN}
+
+
+async def test_steps_slower_than_planned_are_told_and_so_is_their_end(rig: Rig) -> None:
+    spec = rig.spec("e1", model="llama-3.1-8b")
+    spec.gpu_name = "NVIDIA H100 80GB HBM3"
+    await rig.instances.RegisterInstance(fleet_service_pb2.RegisterInstanceRequest(spec=spec))
+    load = rig.manager.instance("e1").load
+    planned = load.kind.accuracy.planned
+    assert "planned: meta-llama/Llama-3.1-8B as TP1 on H100" in planned.source
+
+    def steps(factor: float, count: int) -> None:
+        for _ in range(count):
+            step_s = factor * planned.step_times.step_s(8, 8000)
+            load.kind.accuracy.observe_decode(step_s, 8, 8000, load.planned_ratio)
+        rig.manager._loop._look_at_step_times()
+
+    steps(2.0, 30)
+    status = await rig.admin.GetStatus(admin_service_pb2.GetStatusRequest())
+    (accuracy,) = status.step_time_accuracy
+    assert accuracy.drifting
+    assert accuracy.observed_ratio == pytest.approx(2.0)
+    steps(1.0, 2000)
+    async with SageClient(rig.server.address) as client:
+        told = [each async for each in client.list_events(kinds=[EventKind.PREDICTION_DRIFT])]
+    over, begun = told
+    assert begun.severity is EventSeverity.WARNING
+    assert "steps take 2.00 times as long as planned" in begun.message
+    assert begun.attributes["direction"] == "slower"
+    assert "about as long as planned again" in over.message
+    assert over.attributes["direction"] == "over"
