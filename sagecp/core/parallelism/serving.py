@@ -118,6 +118,11 @@ class PlanServing:
         self._room = max(0.0, min(by_memory, by_batch))
         self._room_name = "memory" if by_memory < by_batch else "batch"
 
+    @property
+    def mean_held_token_count(self) -> float:
+        """Tokens that a decoding request holds, in the mean over time: long answers count for longer."""
+        return self._mean_context
+
     def attainment(self, rate: float) -> float:
         """Return the share of requests within both objectives at so many requests per second in all."""
         state = self._state(rate)
@@ -349,6 +354,7 @@ def estimate_plan(
         options,
         cached_token_count=classes.mean(classes.prompts - classes.computed),
         stage_count=config.pipeline_parallel_size,
+        held_token_count=serving.mean_held_token_count,
     )
     usd_per_hour = pool.price_usd * config.gpu_count
     output_per_hour = goodput * classes.mean(classes.outputs) * 3600.0

@@ -50,6 +50,7 @@ def saturated_throughput(
     *,
     cached_token_count: float = 0.0,
     stage_count: int = 1,
+    held_token_count: float | None = None,
 ) -> Throughput:
     """Return what one copy gives when requests never run out.
 
@@ -64,6 +65,7 @@ def saturated_throughput(
         options,
         cached_token_count=cached_token_count,
         stage_count=stage_count,
+        held_token_count=held_token_count,
     )
 
 
@@ -77,6 +79,7 @@ def throughput_at(
     *,
     cached_token_count: float = 0.0,
     stage_count: int = 1,
+    held_token_count: float | None = None,
 ) -> Throughput:
     """Return what one copy gives with so many requests that follow each other without a pause.
 
@@ -96,12 +99,14 @@ def throughput_at(
         options: Settings of the engine.
         cached_token_count: Leading tokens of the prompt that need no work.
         stage_count: Pipeline stages.
+        held_token_count: Tokens that a request holds while it decodes, in the mean over time;
+            ``None``: as if all requests had the mean lengths.
     """
     output = max(1.0, output_token_count)
     computed = max(0.0, prompt_token_count - cached_token_count)
     # The first token comes out of the prefill.
     per_decode = computed / output
-    mean_context = prompt_token_count + output / 2.0
+    mean_context = held_token_count or prompt_token_count + output / 2.0
     limits = {
         "load": concurrent_request_count / stage_count,
         "batch": options.max_running_request_count / stage_count,
