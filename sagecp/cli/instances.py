@@ -157,7 +157,13 @@ def watch(
 @click.option("--tensor-parallel-size", type=int, default=1, metavar="N")
 @click.option("--pipeline-parallel-size", type=int, default=1, metavar="N")
 @click.option("--data-parallel-size", type=int, default=1, metavar="N")
-@click.option("--expert-parallel-size", type=int, default=1, metavar="N")
+@click.option(
+    "--expert-parallel-size",
+    type=int,
+    default=1,
+    metavar="N",
+    help="GPUs its experts are spread over; 1 where they are not.",
+)
 @click.option("--usd-per-gpu-hour", type=float, metavar="USD")
 @click.option("--label", "labels", multiple=True, type=PAIR, metavar="K=V", help="Repeatable.")
 @one_format_option
