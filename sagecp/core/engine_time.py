@@ -281,7 +281,7 @@ class EngineTimeMeter:
     def _decode_share(self, count: int, reading_s: float, step: StepTimeParameters) -> float:
         """Return the part of a step that is the decodes', beside a chunk of the prompts."""
         chunk = max(1, min(BATCH_TOKEN_COUNT - count, self._pending_tokens))
-        per_token_s = (step.overhead_s + step.compute_base_s) / BATCH_TOKEN_COUNT + step.compute_per_token_s
+        per_token_s = step.full_step_token_s(BATCH_TOKEN_COUNT)
         pairs = chunk * self._pending_pairs / max(1, self._pending_tokens)
         whole_s = step.step_s(count + chunk, self._decode_context, pairs)
         return min(1.0, (count * per_token_s + reading_s) / whole_s) if whole_s > 0.0 else 0.0

@@ -44,12 +44,12 @@ class FleetPlans:
         scheduler: Scheduler,
         history: LoadHistory,
         knowledge: ModelKnowledge,
-        planner: Planner | None = None,
+        planner: Planner,
     ) -> None:
         self._scheduler = scheduler
         self._history = history
         self._knowledge = knowledge
-        self._planner = planner or Planner()
+        self._planner = planner
         self._advice: dict[FleetGroup, FleetAdvice] = {}
         self._asked_s: dict[FleetGroup, float] = {}
         self._task: asyncio.Task[None] | None = None
@@ -91,10 +91,7 @@ class FleetPlans:
         return before is not None and before.query is None and isinstance(self._question(group), PlanQuery)
 
     def _question(self, group: FleetGroup) -> PlanQuery | FleetAdvice:
-        recent = {
-            name: float(series[-BUCKETS_PER_HOUR:].sum())
-            for name, series in self._history.finished(group.model).items()
-        }
+        recent = self._history.recent(group.model, BUCKETS_PER_HOUR)
         count = recent["requests"]
         return question_for(
             group,

@@ -57,6 +57,7 @@ from sagecp.runtime.load_recorder import ForecastAnswer
 from sagecp.runtime.metrics_table import MetricsTable
 from sagecp.runtime.monitor import DEFAULT_WINDOW_S, Monitor
 from sagecp.runtime.monitor_keys import EVERYTHING, MetricsDimension, MetricsKey
+from sagecp.runtime.planner import Planner
 from sagecp.runtime.policy_evaluation import PolicyEvaluator
 from sagecp.runtime.reports import control_plane_status
 from sagecp.runtime.request_observer import RequestObserver
@@ -153,7 +154,9 @@ class ControlPlaneManager:
             tracer,
             load_file,
         )
-        self._fleet_plans = FleetPlans(self.scheduler, self._loop.load.history, knowledge)
+        self.planner = Planner()
+        """Searches for plans, one question at a time, whoever asks."""
+        self._fleet_plans = FleetPlans(self.scheduler, self._loop.load.history, knowledge, self.planner)
         self._store = store
         self._draining_cut_s: float | None = None
         self._enable_monitoring = enable_monitoring

@@ -8,10 +8,8 @@ from pathlib import Path
 
 from sagecp.config import ConfigError
 from sagecp.core.errors import FieldViolation
-from sagecp.core.parallelism.model_config import ModelConfigError, parse_model_config
+from sagecp.core.parallelism.model_config import MAX_CONFIG_BYTES, ModelConfigError, parse_model_config
 from sagecp.core.parallelism.model_description import ModelDescription
-
-_MAX_BYTES = 256 << 10
 
 
 def read_models(paths: Mapping[str, str]) -> dict[str, ModelDescription]:
@@ -31,8 +29,10 @@ def read_models(paths: Mapping[str, str]) -> dict[str, ModelDescription]:
             path /= "config.json"
         field = f'planner.models."{name}"'
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise ValueError(f"{path} has more than {_MAX_BYTES:,} bytes; name a model's config.json")
+            if path.stat().st_size > MAX_CONFIG_BYTES:
+                raise ValueError(
+                    f"{path} has more than {MAX_CONFIG_BYTES:,} bytes; name a model's config.json"
+                )
             models[name] = parse_model_config(json.loads(path.read_text(encoding="utf-8")), name=name)
         except ModelConfigError as error:
             violations += [FieldViolation(field, f"{path}: {each.description}") for each in error.violations]

@@ -28,6 +28,7 @@ from sagecp.core.parallelism.model_description import ModelDescription, WeightFo
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.parallelism.validity import refusals, violations
 from tests.e2e.conftest import ENGINE_START_S, MODEL, RECIPE, Engine
+from tests.support.plan_values import config, pool
 from tests.support.plan_verdicts import TABLE, Row, rows
 from tests.support.processes import Program, free_ports
 
@@ -40,33 +41,16 @@ OPTIONS = EngineOptions(
     max_context_token_count=2048,
 )
 
-
-def config(
-    tensor: int = 1, pipeline: int = 1, data: int = 1, expert: int = 1, replicas: int = 1
-) -> ParallelismConfig:
-    return ParallelismConfig(
-        tensor_parallel_size=tensor,
-        pipeline_parallel_size=pipeline,
-        data_parallel_size=data,
-        expert_parallel_size=expert,
-        replica_count=replicas,
-    )
-
-
-def pool(nodes: int = 1) -> GpuPool:
-    return GpuPool(gpu=H100, gpus_per_node_count=8, node_count=nodes)
-
-
 # Model of the table, GPUs, plan.
 COMMANDS = [
     ("llama-3.1-8b", pool(), config()),
     ("llama-3.1-8b", pool(), config(tensor=4, replicas=2)),
     ("llama-3.1-8b", pool(), config(tensor=2, pipeline=2, data=2)),
-    ("llama-3.1-8b", pool(2), config(tensor=8, pipeline=2)),
-    ("llama-3.1-8b", pool(3), config(tensor=4, data=5)),
-    ("llama-3.1-8b", pool(4), config(tensor=8, pipeline=2, data=2)),
+    ("llama-3.1-8b", pool(nodes=2), config(tensor=8, pipeline=2)),
+    ("llama-3.1-8b", pool(nodes=3), config(tensor=4, data=5)),
+    ("llama-3.1-8b", pool(nodes=4), config(tensor=8, pipeline=2, data=2)),
     ("mixtral-8x7b", pool(), config(tensor=8, expert=8)),
-    ("deepseek-v3", pool(4), config(tensor=8, data=4, expert=32)),
+    ("deepseek-v3", pool(nodes=4), config(tensor=8, data=4, expert=32)),
 ]
 # vLLM's names of the formats that GPUs may be too old for.
 QUANTIZATIONS = {

@@ -5,49 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from sagecp.core.gpu_specifications import require_gpu
 from sagecp.core.parallelism.engine_command import MOST_COMMANDS, engine_arguments, serve_commands
 from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.gpu_pool import GpuPool
-from sagecp.core.parallelism.model_description import ModelDescription
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
+from tests.support.plan_values import LLAMA_8B, config, pool
 
-MODEL = ModelDescription(
-    name="meta-llama/Llama-3.1-8B",
-    architecture="LlamaForCausalLM",
-    layer_count=32,
-    hidden_size=4096,
-    intermediate_size=14336,
-    attention_head_count=32,
-    key_value_head_count=8,
-    head_size=128,
-    value_head_size=128,
-    vocabulary_size=128256,
-    max_context_token_count=131072,
-)
 OPTIONS = EngineOptions()
 
 
-def pool(gpus: int = 8, nodes: int = 1) -> GpuPool:
-    return GpuPool(gpu=require_gpu("H100-SXM-80GB"), gpus_per_node_count=gpus, node_count=nodes)
-
-
-def config(
-    tensor: int = 1, pipeline: int = 1, data: int = 1, expert: int = 1, replicas: int = 1
-) -> ParallelismConfig:
-    return ParallelismConfig(
-        tensor_parallel_size=tensor,
-        pipeline_parallel_size=pipeline,
-        data_parallel_size=data,
-        expert_parallel_size=expert,
-        replica_count=replicas,
-    )
-
-
-def commands(pool: GpuPool, plan: ParallelismConfig) -> list[tuple[str, dict[str, str], list[str]]]:
+def commands(gpus: GpuPool, plan: ParallelismConfig) -> list[tuple[str, dict[str, str], list[str]]]:
     """Return the comment, the environment and the words of every command."""
     parsed = []
-    for command in serve_commands(MODEL, pool, plan, OPTIONS):
+    for command in serve_commands(LLAMA_8B, gpus, plan, OPTIONS):
         comment, line = command.split("\n")
         words = shlex.split(line)
         start = words.index("vllm")
@@ -60,7 +30,7 @@ def value(words: list[str], option: str) -> str | None:
 
 
 def test_a_replica_takes_the_whole_node_and_says_what_estimates_depend_on() -> None:
-    [command] = serve_commands(MODEL, pool(8), config(tensor=8), OPTIONS)
+    [command] = serve_commands(LLAMA_8B, pool(8), config(tensor=8), OPTIONS)
     assert command == (
         "# node 1 of 1\n"
         "vllm serve meta-llama/Llama-3.1-8B --tensor-parallel-size 8 --gpu-memory-utilization 0.9 "
@@ -78,7 +48,7 @@ def test_every_setting_is_passed_on() -> None:
         block_token_count=32,
         cuda_graphs=False,
     )
-    assert engine_arguments(MODEL, config(2, 2, 2, 4), options) == (
+    assert engine_arguments(LLAMA_8B, config(2, 2, 2, 4), options) == (
         "meta-llama/Llama-3.1-8B",
         "--tensor-parallel-size", "2",
         "--pipeline-parallel-size", "2",
@@ -171,17 +141,17 @@ def test_the_last_node_of_uneven_copies_shows_only_the_gpus_it_uses() -> None:
 
 def test_names_are_safe_in_a_shell() -> None:
     model = "/models/it's a $(trap); rm -rf"
-    named = replace(MODEL, name=model)
+    named = replace(LLAMA_8B, name=model)
     [command] = serve_commands(named, pool(1), config(), OPTIONS)
     assert shlex.split(command.split("\n")[1])[2] == model
 
 
 def test_an_unnamed_model_leaves_a_place_for_its_name() -> None:
-    unnamed = replace(MODEL, name="")
+    unnamed = replace(LLAMA_8B, name="")
     assert engine_arguments(unnamed, config(), OPTIONS)[0] == "MODEL"
 
 
 def test_a_large_fleet_gets_some_commands_and_their_number() -> None:
-    found = serve_commands(MODEL, pool(8, nodes=500), config(replicas=4000), OPTIONS)
+    found = serve_commands(LLAMA_8B, pool(8, nodes=500), config(replicas=4000), OPTIONS)
     assert len(found) == MOST_COMMANDS + 1
     assert found[-1] == "# and 3,744 more like these, up to node 500"

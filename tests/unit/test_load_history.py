@@ -121,3 +121,18 @@ def test_a_disk_that_refuses_is_complained_of_once(tmp_path: Path, caplog: pytes
     file.append([bucket])
     file.rewrite([bucket])
     assert len(caplog.records) == 1
+
+
+def test_the_last_buckets_of_a_model_are_added_up() -> None:
+    history = LoadHistory(START_S)
+    for number in range(5):
+        history.add(
+            START_S + number * BUCKET_S, "m", f"t{number % 2}", requests=1, prompt_tokens=10.0**number
+        )
+    history.add(START_S + 3 * BUCKET_S, "other", "", requests=7)
+    # The one in progress does not count.
+    assert history.recent("m", 2) == {
+        "requests": 2, "prompt_tokens": 1100.0, "output_tokens": 0.0, "cost_usd": 0.0,
+    }  # fmt: skip
+    assert history.recent("m", 99)["requests"] == 4
+    assert history.recent("nobody", 99)["requests"] == 0

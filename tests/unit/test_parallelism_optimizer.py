@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagecp.core.errors import InvalidRequestError
-from sagecp.core.parallelism.known_models import find_model
 from sagecp.core.parallelism.optimizer import ParallelismOptimizer
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.types import ParallelismType
 from tests.support.core_world import make_instance, make_metadata
+from tests.support.plan_values import known_model
 
 T = ParallelismType
 H100 = "NVIDIA H100 80GB HBM3"
@@ -154,9 +154,7 @@ def test_a_hint_that_cannot_be_followed_is_told_and_the_best_taken() -> None:
 
 
 def test_given_models_win_over_names() -> None:
-    tiny = find_model("llama-3.2-1b")
-    assert tiny is not None
-    optimizer = ParallelismOptimizer({"llama-3.1-70b": tiny})
+    optimizer = ParallelismOptimizer({"llama-3.1-70b": known_model("llama-3.2-1b")})
     instance = make_instance(model="llama-3.1-70b", gpu_name=H100)
     _, config = optimizer.select_strategy(make_metadata(model="llama-3.1-70b"), instance, 2)
     assert config.sizes == (1, 1, 2, 1, 1)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from sagecp.core.parallelism.known_models import find_model
 from sagecp.core.parallelism.model_description import ModelDescription, WeightFormat
 from sagecp.core.parallelism.parameter_count import (
     count_parameters,
@@ -15,6 +14,7 @@ from sagecp.core.parallelism.parameter_count import (
     plain_format,
     weight_bytes,
 )
+from tests.support.plan_values import known_model
 
 # The hub's count of a checkpoint's tensors (its safetensors metadata; kept for many models in
 # github.com/debaditc/kvfit, src/kvfit/data/models.json), and the same from transformers' classes.
@@ -77,29 +77,23 @@ ACTIVE = {
 }
 
 
-def _known(name: str) -> ModelDescription:
-    model = find_model(name)
-    assert model is not None
-    return model
-
-
 @pytest.mark.parametrize("name", sorted(EXACT_TOTALS))
 def test_totals_are_those_published(name: str) -> None:
-    assert count_parameters(_known(name)).total == pytest.approx(EXACT_TOTALS[name], rel=1e-3)
+    assert count_parameters(known_model(name)).total == pytest.approx(EXACT_TOTALS[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(ROUNDED_TOTALS))
 def test_rounded_totals(name: str) -> None:
-    assert count_parameters(_known(name)).total == pytest.approx(ROUNDED_TOTALS[name], rel=1e-2)
+    assert count_parameters(known_model(name)).total == pytest.approx(ROUNDED_TOTALS[name], rel=1e-2)
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVE))
 def test_active_parameters(name: str) -> None:
-    assert count_parameters(_known(name)).active == pytest.approx(ACTIVE[name], rel=1e-2)
+    assert count_parameters(known_model(name)).active == pytest.approx(ACTIVE[name], rel=1e-2)
 
 
 def test_active_parameters_of_gpt_oss_leave_out_its_input_embedding() -> None:
-    counts = count_parameters(_known("gpt-oss-120b"))
+    counts = count_parameters(known_model("gpt-oss-120b"))
 
     # Its model card: 117B parameters, 5.1B active.
     assert counts.active - counts.embedding == pytest.approx(5.1e9, rel=1e-2)
@@ -133,7 +127,7 @@ def test_parts_add_up_by_hand() -> None:
 
 
 def test_latents_are_replicated_and_their_heads_are_not() -> None:
-    counts = count_parameters(_known("deepseek-ai/DeepSeek-V3"))
+    counts = count_parameters(known_model("deepseek-ai/DeepSeek-V3"))
 
     assert counts.replicated_attention_per_layer == 7168 * (1536 + 512 + 64)
     assert counts.query_output_per_layer == 1536 * 128 * 192 + 128 * 128 * 7168
@@ -145,7 +139,7 @@ def test_latents_are_replicated_and_their_heads_are_not() -> None:
 
 
 def test_a_stated_number_scales_the_layers_and_nothing_else() -> None:
-    model = _known("Llama-3.1-8B")
+    model = known_model("Llama-3.1-8B")
     plain = count_parameters(model)
 
     counts = count_parameters(replace(model, parameter_count=9_000_000_000))
@@ -162,7 +156,7 @@ def test_a_stated_number_scales_the_layers_and_nothing_else() -> None:
 
 
 def test_a_stated_number_below_the_embeddings_is_not_believed() -> None:
-    model = _known("Llama-3.1-8B")
+    model = known_model("Llama-3.1-8B")
 
     assert count_parameters(replace(model, parameter_count=1)) == count_parameters(model)
 
@@ -181,11 +175,11 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
 def test_bytes_are_those_of_the_checkpoints(name: str) -> None:
-    assert weight_bytes(_known(name)) == pytest.approx(CHECKPOINTS[name] * 1e9, rel=0.01)
+    assert weight_bytes(known_model(name)) == pytest.approx(CHECKPOINTS[name] * 1e9, rel=0.01)
 
 
 def test_embeddings_and_norms_stay_in_16_bits() -> None:
-    model = _known("Llama-3.1-8B-FP8")
+    model = known_model("Llama-3.1-8B-FP8")
     counts = count_parameters(model)
     plain = counts.embedding + counts.output_head + counts.norms
 
@@ -193,7 +187,7 @@ def test_embeddings_and_norms_stay_in_16_bits() -> None:
 
 
 def test_parts_left_in_16_bits_take_16() -> None:
-    model = _known("Llama-3.1-405B-FP8")
+    model = known_model("Llama-3.1-405B-FP8")
     counts = count_parameters(model)
     attention = counts.attention_per_layer * counts.layer_count
 
@@ -205,7 +199,7 @@ def test_parts_left_in_16_bits_take_16() -> None:
 
 
 def test_only_a_32_bit_model_has_embeddings_in_32() -> None:
-    model = replace(_known("Llama-3.1-8B"), weight_format=WeightFormat.FLOAT32)
+    model = replace(known_model("Llama-3.1-8B"), weight_format=WeightFormat.FLOAT32)
 
     assert plain_format(model) is WeightFormat.FLOAT32
     assert weight_bytes(model) == 4 * count_parameters(model).total
@@ -213,6 +207,8 @@ def test_only_a_32_bit_model_has_embeddings_in_32() -> None:
 
 @pytest.mark.parametrize(("group_size", "bits"), [(None, 4.16), (128, 4.15625), (32, 4.625), (0, 4.0)])
 def test_smaller_groups_have_more_scales(group_size: int | None, bits: float) -> None:
-    model = replace(_known("Llama-3.1-8B"), weight_format=WeightFormat.INT4, weight_group_size=group_size)
+    model = replace(
+        known_model("Llama-3.1-8B"), weight_format=WeightFormat.INT4, weight_group_size=group_size
+    )
 
     assert part_bits(model, "dense") == bits

@@ -12,17 +12,16 @@ from sagecp.core.gpu_specifications import require_gpu
 from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.estimates import PlanEstimate
 from sagecp.core.parallelism.gpu_pool import GpuPool
-from sagecp.core.parallelism.known_models import find_model
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.parallelism.pareto import pareto_front
 from sagecp.core.parallelism.serving import estimate_plan
 from sagecp.core.parallelism.workload import LengthSample, PlanObjectives, Workload
+from tests.support.plan_values import known_model
 
 
 @pytest.fixture(scope="module")
 def plan() -> PlanEstimate:
-    model = find_model("llama-3.2-1b")
-    assert model is not None
+    model = known_model("llama-3.2-1b")
     pool = GpuPool(gpu=require_gpu("L4"), gpus_per_node_count=1)
     workload = Workload(samples=(LengthSample(100, 50),))
     return estimate_plan(model, pool, ParallelismConfig(), EngineOptions(), workload, PlanObjectives())

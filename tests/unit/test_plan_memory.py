@@ -28,25 +28,14 @@ from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.parallelism.parameter_count import weight_bytes
 from sagecp.core.parallelism.pipeline_stages import pipeline_stages, stage_layer_counts
 from sagecp.core.parallelism.weight_memory import stage_weight_bytes
+from tests.support.plan_values import LLAMA_8B
 
 _CASES = load_cases()
 _GIB = 1 << 30
 # Part: largest relative error. Activations of engines that sort all logits are not predicted.
 _PART_BOUNDS = {"weight_gib": 0.035, "request_gib": 0.01}
 
-_LLAMA = ModelDescription(
-    name="llama",
-    architecture="LlamaForCausalLM",
-    layer_count=32,
-    hidden_size=4096,
-    intermediate_size=14336,
-    attention_head_count=32,
-    key_value_head_count=8,
-    head_size=128,
-    value_head_size=128,
-    vocabulary_size=128256,
-    max_context_token_count=131072,
-)
+_LLAMA = replace(LLAMA_8B, name="llama")
 _DEEPSEEK = ModelDescription(
     name="deepseek",
     architecture="DeepseekV3ForCausalLM",

@@ -7,20 +7,19 @@ from dataclasses import replace
 
 import pytest
 
-from sagecp.core.gpu_specifications import require_gpu
 from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.estimates import PlanEstimate, PlanningResult
 from sagecp.core.parallelism.gpu_pool import GpuPool
-from sagecp.core.parallelism.known_models import find_model
 from sagecp.core.parallelism.search import search_plans
 from sagecp.core.parallelism.workload import LengthSample, PlanGoal, PlanObjectives, Workload
+from tests.support.plan_values import known_model, pool
 
 CHAT = (LengthSample(800, 200), LengthSample(2500, 400), LengthSample(300, 50))
 OBJECTIVES = PlanObjectives(ttft_s=1.0, tpot_s=0.05)
 
 
 def gpus(name: str = "H100", count: int = 8, nodes: int = 1, usd: float | None = 2.5) -> GpuPool:
-    return GpuPool(gpu=require_gpu(name), gpus_per_node_count=count, node_count=nodes, usd_per_gpu_hour=usd)
+    return pool(count, nodes, name, usd)
 
 
 def search(
@@ -33,8 +32,7 @@ def search(
     samples: tuple[LengthSample, ...] = CHAT,
     **more,
 ) -> PlanningResult:
-    model = find_model(name)
-    assert model is not None
+    model = known_model(name)
     workload = Workload(samples=samples, request_rate=rate)
     return search_plans(
         model, pools or (gpus(),), workload, objectives, goal, options or EngineOptions(), **more
@@ -124,7 +122,7 @@ def test_a_context_that_was_asked_for_is_not_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "pool", "expected"),
+    ("name", "offered", "expected"),
     [
         ("llama-3.1-70b", gpus(count=1), "2 x H100"),
         ("llama-3.1-405b", gpus(), "2 nodes of 8 x H100"),
@@ -132,8 +130,8 @@ def test_a_context_that_was_asked_for_is_not_cut() -> None:
         ("deepseek-v3", gpus(), "2 nodes of 8 x H100"),
     ],
 )
-def test_where_nothing_fits_the_summary_says_what_would(name: str, pool: GpuPool, expected: str) -> None:
-    result = search(name, pool)
+def test_where_nothing_fits_the_summary_says_what_would(name: str, offered: GpuPool, expected: str) -> None:
+    result = search(name, offered)
     assert result.recommended is None
     assert result.pareto_front == ()
     assert "It would be possible with" in result.summary
@@ -141,15 +139,13 @@ def test_where_nothing_fits_the_summary_says_what_would(name: str, pool: GpuPool
 
 
 def test_without_any_gpus_it_says_so() -> None:
-    model = find_model("llama-3.1-8b")
-    assert model is not None
+    model = known_model("llama-3.1-8b")
     result = search_plans(model, (), Workload(samples=CHAT), OBJECTIVES, PlanGoal.CHEAPEST, EngineOptions())
     assert "There are no GPUs to plan for" in result.summary
 
 
 def test_a_prime_number_of_heads_leaves_stages_and_copies() -> None:
-    model = find_model("llama-3.1-8b")
-    assert model is not None
+    model = known_model("llama-3.1-8b")
     odd = replace(model, attention_head_count=31, key_value_head_count=31, hidden_size=31 * 128)
     result = search_plans(
         odd, (gpus(count=4),), Workload(samples=CHAT), OBJECTIVES, PlanGoal.GOODPUT_PER_USD, EngineOptions()

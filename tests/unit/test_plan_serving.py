@@ -12,23 +12,18 @@ from sagecp.core.gpu_specifications import require_gpu
 from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.estimates import PlanEstimate
 from sagecp.core.parallelism.gpu_pool import GpuPool
-from sagecp.core.parallelism.known_models import find_model
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.parallelism.request_classes import MAX_CLASS_COUNT, RequestClasses
 from sagecp.core.parallelism.serving import PlanServing, estimate_plan
 from sagecp.core.parallelism.step_model import plan_step_time
 from sagecp.core.parallelism.workload import LengthSample, PlanObjectives, Workload
+from tests.support.plan_values import known_model
 
+MODEL = known_model("llama-3.1-8b")
 OPTIONS = EngineOptions()
 POOL = GpuPool(gpu=require_gpu("H100"), gpus_per_node_count=8)
 CHAT = Workload(samples=(LengthSample(800, 200), LengthSample(2500, 400), LengthSample(300, 50, 100)))
 OBJECTIVES = PlanObjectives(ttft_s=1.0, tpot_s=0.05)
-
-
-def model(name: str = "llama-3.1-8b"):
-    found = find_model(name)
-    assert found is not None
-    return found
 
 
 def serving(
@@ -39,14 +34,14 @@ def serving(
     options: EngineOptions = OPTIONS,
 ) -> PlanServing:
     config = config or ParallelismConfig()
-    step = plan_step_time(model(), POOL, config, options)
+    step = plan_step_time(MODEL, POOL, config, options)
     return PlanServing(step, capacity, config, options, RequestClasses.of(workload), objectives)
 
 
 def estimate(config: ParallelismConfig | None = None, **more) -> PlanEstimate:
     workload = more.pop("workload", CHAT)
     objectives = more.pop("objectives", OBJECTIVES)
-    return estimate_plan(model(), POOL, config or ParallelismConfig(), OPTIONS, workload, objectives)
+    return estimate_plan(MODEL, POOL, config or ParallelismConfig(), OPTIONS, workload, objectives)
 
 
 def test_attainment_falls_as_the_rate_grows_and_is_none_beyond_what_can_be_done() -> None:

@@ -6,28 +6,15 @@ from collections import Counter
 
 import pytest
 
-from sagecp.core.gpu_specifications import require_gpu
-from sagecp.core.parallelism.gpu_pool import GpuPool
-from sagecp.core.parallelism.known_models import find_model
-from sagecp.core.parallelism.model_description import ModelDescription
 from sagecp.core.parallelism.plan_placement import required_node_count
 from sagecp.core.parallelism.plan_space import plan_space
-
-
-def model(name: str) -> ModelDescription:
-    found = find_model(name)
-    assert found is not None
-    return found
-
-
-def pool(gpus: int, nodes: int = 1) -> GpuPool:
-    return GpuPool(gpu=require_gpu("H100"), gpus_per_node_count=gpus, node_count=nodes)
+from tests.support.plan_values import known_model, pool
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "mixtral-8x7b", "deepseek-v3"])
 @pytest.mark.parametrize(("gpus", "nodes"), [(1, 1), (3, 1), (6, 1), (8, 1), (8, 2), (4, 3), (8, 8)])
 def test_plans_are_few_different_and_within_the_gpus(name: str, gpus: int, nodes: int) -> None:
-    plans = list(plan_space(model(name), pool(gpus, nodes)))
+    plans = list(plan_space(known_model(name), pool(gpus, nodes)))
     assert 0 < len(plans) < 200
     assert max(Counter(plan.sizes for plan in plans).values()) == 1
     for plan in plans:
@@ -38,7 +25,7 @@ def test_plans_are_few_different_and_within_the_gpus(name: str, gpus: int, nodes
 
 
 def test_dense_models_on_four_gpus() -> None:
-    sizes = {plan.sizes for plan in plan_space(model("llama-3.1-8b"), pool(4))}
+    sizes = {plan.sizes for plan in plan_space(known_model("llama-3.1-8b"), pool(4))}
     assert sizes == {
         (1, 1, 1, 1, 4), (1, 2, 1, 1, 2), (1, 3, 1, 1, 1), (1, 4, 1, 1, 1),
         (2, 1, 1, 1, 2), (2, 2, 1, 1, 1), (4, 1, 1, 1, 1),
@@ -46,11 +33,11 @@ def test_dense_models_on_four_gpus() -> None:
 
 
 def test_a_mixture_is_also_spread_by_experts() -> None:
-    sizes = {plan.sizes for plan in plan_space(model("mixtral-8x7b"), pool(4))}
+    sizes = {plan.sizes for plan in plan_space(known_model("mixtral-8x7b"), pool(4))}
     assert {(1, 1, 4, 4, 1), (1, 1, 2, 2, 2), (2, 1, 2, 4, 1), (2, 1, 1, 2, 2), (4, 1, 1, 4, 1)} <= sizes
 
 
 def test_odd_head_counts_have_their_own_divisors() -> None:
     # 28 heads: seven and fourteen divide them, whatever vLLM says of the rest.
-    tensor = {plan.tensor_parallel_size for plan in plan_space(model("qwen2.5-7b"), pool(8))}
+    tensor = {plan.tensor_parallel_size for plan in plan_space(known_model("qwen2.5-7b"), pool(8))}
     assert tensor == {1, 2, 4, 7, 8}

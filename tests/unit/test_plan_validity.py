@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagecp.core.gpu_specifications import require_gpu
 from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.gpu_pool import GpuPool
 from sagecp.core.parallelism.memory import estimate_memory
@@ -17,39 +16,12 @@ from sagecp.core.parallelism.model_description import ExpertShape, ModelDescript
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.parallelism.plan_placement import place_replicas, required_node_count
 from sagecp.core.parallelism.validity import fit_violation, refusals, tensor_parallel_sizes, violations
+from tests.support.plan_values import LLAMA_8B, config, pool
 from tests.support.plan_verdicts import Row, rows
 
-MODEL = ModelDescription(
-    name="llama",
-    architecture="LlamaForCausalLM",
-    layer_count=32,
-    hidden_size=4096,
-    intermediate_size=14336,
-    attention_head_count=32,
-    key_value_head_count=8,
-    head_size=128,
-    value_head_size=128,
-    vocabulary_size=128256,
-    max_context_token_count=131072,
-)
+MODEL = replace(LLAMA_8B, name="llama")
 EXPERTS = ExpertShape(expert_count=60, active_expert_count=4, intermediate_size=1408, layer_count=32)
 MIXTURE = replace(MODEL, name="mixture", intermediate_size=0, experts=EXPERTS)
-
-
-def pool(gpus: int = 8, nodes: int = 1, gpu: str = "H100-SXM-80GB") -> GpuPool:
-    return GpuPool(gpu=require_gpu(gpu), gpus_per_node_count=gpus, node_count=nodes)
-
-
-def config(
-    tensor: int = 1, pipeline: int = 1, data: int = 1, expert: int = 1, replicas: int = 1
-) -> ParallelismConfig:
-    return ParallelismConfig(
-        tensor_parallel_size=tensor,
-        pipeline_parallel_size=pipeline,
-        data_parallel_size=data,
-        expert_parallel_size=expert,
-        replica_count=replicas,
-    )
 
 
 @pytest.mark.parametrize("row", rows(), ids=str)

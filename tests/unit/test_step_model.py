@@ -20,22 +20,16 @@ from sagecp.core.gpu_specifications import require_gpu
 from sagecp.core.parallelism.communication import all_to_all
 from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.gpu_pool import GpuPool
-from sagecp.core.parallelism.known_models import find_model
 from sagecp.core.parallelism.model_description import ModelDescription, WeightFormat
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.parallelism.step_model import PlanStepTime, plan_step_time
 from sagecp.core.parallelism.throughput import saturated_throughput, throughput_at
 from sagecp.core.prediction.priors import prior_for
+from tests.support.plan_values import known_model
 
 SPEEDS = published_speeds()
 OPTIONS = EngineOptions()
 PLENTY = 1e9
-
-
-def known(name: str) -> ModelDescription:
-    model = find_model(name)
-    assert model is not None
-    return model
 
 
 def step_time(
@@ -51,7 +45,7 @@ def step_time(
     data: int = 1,
     expert: int = 1,
 ) -> PlanStepTime:
-    described = known(model) if isinstance(model, str) else model
+    described = known_model(model) if isinstance(model, str) else model
     pool = GpuPool(
         gpu=require_gpu(gpu),
         gpus_per_node_count=gpus_per_node,
@@ -145,7 +139,7 @@ class TestPhysics:
     def test_more_bandwidth_is_faster(self) -> None:
         slow = GpuPool(gpu=require_gpu("H100-SXM-80GB"), gpus_per_node_count=8)
         fast = replace(slow, gpu=replace(slow.gpu, memory_gb_per_s=2 * slow.gpu.memory_gb_per_s))
-        model, config = known("Llama-3.1-70B"), ParallelismConfig(tensor_parallel_size=4)
+        model, config = known_model("Llama-3.1-70B"), ParallelismConfig(tensor_parallel_size=4)
         slow_s = plan_step_time(model, slow, config, OPTIONS).step_s(1)
         fast_s = plan_step_time(model, fast, config, OPTIONS).step_s(1)
         assert 0.5 * slow_s < fast_s < 0.75 * slow_s
@@ -175,7 +169,7 @@ class TestPhysics:
         assert two.step_s(2048) > one.step_s(2048)
 
     def test_four_bits_are_read_in_a_quarter_of_the_time(self) -> None:
-        whole = known("Llama-3.1-70B")
+        whole = known_model("Llama-3.1-70B")
         quantized = replace(whole, weight_format=WeightFormat.INT4)
         # Without what is not weights: two steps that differ in nothing else.
         difference_s = step_time(whole, tensor=2).step_s(1) - step_time(quantized, tensor=2).step_s(1)
@@ -184,7 +178,7 @@ class TestPhysics:
         assert step_time(quantized, tensor=2).step_s(8192) > step_time(whole, tensor=2).step_s(8192)
 
     def test_fp8_computes_faster_only_where_the_gpu_can(self) -> None:
-        whole = known("Llama-3.1-8B")
+        whole = known_model("Llama-3.1-8B")
         quantized = replace(whole, weight_format=WeightFormat.FP8)
         assert step_time(quantized, "H100").step_s(8192) < 0.7 * step_time(whole, "H100").step_s(8192)
         assert step_time(quantized, "A100-SXM-80GB").step_s(8192) > step_time(whole, "A100-SXM-80GB").step_s(
@@ -199,7 +193,7 @@ class TestPhysics:
         assert eager.step_s(1) > step_time("Llama-3.1-8B").step_s(1) + 2e-3
 
     def test_key_value_heads_are_not_split_below_one(self) -> None:
-        model = replace(known("Llama-3.1-70B"), key_value_head_count=4)
+        model = replace(known_model("Llama-3.1-70B"), key_value_head_count=4)
         four, eight = step_time(model, tensor=4), step_time(model, tensor=8)
         assert eight.context_per_token_s == pytest.approx(four.context_per_token_s)
 
@@ -236,7 +230,7 @@ class TestMixtures:
         # adapters, 128 tokens per GPU, dispatch in 8 bits and combination in 16.
         pool = GpuPool(gpu=require_gpu("H800-80GB"), gpus_per_node_count=8, node_count=max(1, gpu_count // 8))
         config = ParallelismConfig(data_parallel_size=gpu_count, expert_parallel_size=gpu_count)
-        spent = all_to_all(known("DeepSeek-V3"), pool, config)
+        spent = all_to_all(known_model("DeepSeek-V3"), pool, config)
         per_layer_us = (spent.fixed_s + 128 * spent.per_token_s) / 58 * 1e6
         assert per_layer_us == pytest.approx(measured_us, rel=0.2)
 

@@ -50,7 +50,7 @@ def read_model(text: str) -> ModelSource:
 
 
 def _read(path: Path, within: Path | None) -> str:
-    from sagecp.rpc.convert.plan_model import MAX_CONFIG_BYTES
+    from sagecp.core.parallelism.model_config import MAX_CONFIG_BYTES
 
     try:
         size = path.stat().st_size

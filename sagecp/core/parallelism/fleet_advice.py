@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from sagecp.core.gpu_specifications import find_gpu
 from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.parallelism.estimates import PlanEstimate, PlanningResult
-from sagecp.core.parallelism.gpu_pool import GpuPool
+from sagecp.core.parallelism.gpu_pool import USUAL_GPUS_PER_NODE_COUNT, GpuPool
 from sagecp.core.parallelism.length_spread import spread_lengths
 from sagecp.core.parallelism.model_knowledge import ModelKnowledge
-from sagecp.core.parallelism.parallelism_config import ParallelismConfig, config_of
+from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.parallelism.plan_query import PlanQuery
 from sagecp.core.parallelism.workload import PlanObjectives, Workload
 from sagecp.core.types import InstanceState
 
 ADVISED_GAIN = 1.2
 """A plan this many times as good for the money is worth a change."""
-# What a GPU's host has at most; hosts are told apart by their ids where agents give them.
-_USUAL_HOST_GPU_COUNT = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +75,9 @@ def groups_of(instances: Iterable[InstanceRecord]) -> tuple[FleetGroup, ...]:
 
 
 def _group(model: str, gpu_name: str, members: list[InstanceRecord]) -> FleetGroup:
-    configs = Counter(config_of(each.spec) for each in members)
+    configs = Counter(each.plan for each in members)
     config = min(configs, key=lambda each: (-configs[each], each.sizes))
-    gpu_count = sum(max(each.spec.gpu_count, config_of(each.spec).gpus_per_replica) for each in members)
+    gpu_count = sum(max(each.spec.gpu_count, each.plan.gpus_per_replica) for each in members)
     hosts = {each.spec.host_id for each in members}
     usd_per_hour = sum(each.usd_per_hour for each in members)
     return FleetGroup(
@@ -122,7 +120,8 @@ def question_for(
         why = "there was no traffic of late to plan for"
     if model is None or gpu is None or why:
         return FleetAdvice(group=group, message=f"no recommendation: {why}")
-    hosts = group.host_count or -(-group.gpu_count // _USUAL_HOST_GPU_COUNT)
+    # Hosts are told apart by their ids where agents give them.
+    hosts = group.host_count or -(-group.gpu_count // USUAL_GPUS_PER_NODE_COUNT)
     per_host = -(-group.gpu_count // hosts)
     pool = GpuPool(
         gpu=gpu,

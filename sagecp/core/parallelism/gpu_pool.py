@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from sagecp.core.gpu_specifications import GpuSpecification
 
+USUAL_GPUS_PER_NODE_COUNT = 8
+"""GPUs of a common host; within it they share a fast link."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuPool:

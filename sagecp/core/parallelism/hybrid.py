@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sagecp.core.parallelism.gpu_pool import USUAL_GPUS_PER_NODE_COUNT
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
-from sagecp.core.parallelism.strategy import GPUS_PER_HOST_COUNT, USUAL_TENSOR_SIZE, ParallelismStrategy
+from sagecp.core.parallelism.strategy import USUAL_TENSOR_SIZE, ParallelismStrategy
 from sagecp.core.types import ExecutionInstance, ParallelismType, RequestMetadata
 
 
@@ -20,8 +21,8 @@ class HybridParallelism(ParallelismStrategy):
         self, request: RequestMetadata, instance: ExecutionInstance, gpu_count: int
     ) -> ParallelismConfig:
         """Return tensor groups, in two stages where there are enough GPUs, and copies of them."""
-        tensor = USUAL_TENSOR_SIZE if gpu_count >= GPUS_PER_HOST_COUNT else min(2, gpu_count)
-        stages = 2 if gpu_count >= 2 * GPUS_PER_HOST_COUNT else 1
+        tensor = USUAL_TENSOR_SIZE if gpu_count >= USUAL_GPUS_PER_NODE_COUNT else min(2, gpu_count)
+        stages = 2 if gpu_count >= 2 * USUAL_GPUS_PER_NODE_COUNT else 1
         copies = gpu_count // (tensor * stages)
         parts = [f"{tensor} GPUs share each layer"]
         if stages > 1:

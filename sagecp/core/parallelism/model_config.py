@@ -27,8 +27,10 @@ from sagecp.core.parallelism.model_config_quantization import (
 from sagecp.core.parallelism.model_config_refusals import refuse_unsupported
 from sagecp.core.parallelism.model_description import ModelDescription, WeightFormat
 
-__all__ = ["ModelConfigError", "model_config_notes", "parse_model_config"]
+__all__ = ["MAX_CONFIG_BYTES", "ModelConfigError", "model_config_notes", "parse_model_config"]
 
+MAX_CONFIG_BYTES = 256 << 10
+"""Most bytes of a configuration; a larger file is something else."""
 MAX_LAYER_COUNT = 2_000
 _MAX_HIDDEN_SIZE = 1_000_000
 _MAX_INTERMEDIATE_SIZE = 10_000_000

@@ -6,15 +6,12 @@ from collections.abc import Mapping
 
 from sagecp.core.gpu_specifications import find_gpu
 from sagecp.core.parallelism.engine_options import EngineOptions
-from sagecp.core.parallelism.gpu_pool import GpuPool
+from sagecp.core.parallelism.gpu_pool import USUAL_GPUS_PER_NODE_COUNT, GpuPool
 from sagecp.core.parallelism.model_description import ModelDescription
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig, config_of
 from sagecp.core.parallelism.step_model import plan_step_time
 from sagecp.core.prediction.step_time_accuracy import PlannedStepTime
 from sagecp.core.types import ExecutionInstance
-
-# Where a host of so many GPUs ends; only plans of more than one host depend on it.
-_GPUS_PER_NODE_COUNT = 8
 
 
 class ModelKnowledge:
@@ -39,7 +36,7 @@ class ModelKnowledge:
         if gpu is None or model is None:
             return None
         config = config_of(spec)
-        per_node_count = min(_GPUS_PER_NODE_COUNT, config.gpus_per_replica)
+        per_node_count = min(USUAL_GPUS_PER_NODE_COUNT, config.gpus_per_replica)
         pool = GpuPool(
             gpu=gpu,
             gpus_per_node_count=per_node_count,

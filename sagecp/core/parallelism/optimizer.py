@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sagecp.core.errors import InvalidRequestError
+from sagecp.core.errors import FieldViolation, InvalidRequestError
 from sagecp.core.parallelism.data import DataParallelism
 from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.expert import ExpertParallelism, expert_count_of
+from sagecp.core.parallelism.gpu_pool import USUAL_GPUS_PER_NODE_COUNT, GpuPool
 from sagecp.core.parallelism.hybrid import HybridParallelism
 from sagecp.core.parallelism.model_description import ModelDescription
 from sagecp.core.parallelism.model_knowledge import ModelKnowledge
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.parallelism.pipeline import PipelineParallelism
+from sagecp.core.parallelism.search import search_plans
 from sagecp.core.parallelism.strategy import (
-    GPUS_PER_HOST_COUNT,
     USUAL_TENSOR_SIZE,
     ParallelismStrategy,
+    behind_one_endpoint,
     check_gpu_count,
+    known_ground,
+    objectives_of,
     workload_of,
 )
 from sagecp.core.parallelism.tensor import TensorParallelism
+from sagecp.core.parallelism.workload import PlanGoal
 from sagecp.core.types import ExecutionInstance, ParallelismType, RequestMetadata
 
 _MAX_KEPT_COUNT = 1024
@@ -58,6 +63,7 @@ class ParallelismOptimizer:
             )
         }
         self._knowledge = knowledge
+        self._options = options or EngineOptions()
         self._kept: dict[tuple[object, ...], _Choice] = {}
 
     def select_strategy(
@@ -110,19 +116,35 @@ class ParallelismOptimizer:
         return way, config
 
     def _best(self, request: RequestMetadata, instance: ExecutionInstance, gpu_count: int) -> _Choice:
-        best = self.strategies[ParallelismType.HYBRID].best_of_all(request, instance, gpu_count)
-        if best is not None:
+        known = known_ground(self._knowledge, request, instance, gpu_count)
+        if known is not None:
+            best = self._best_plan(request, *known, gpu_count)
             return best.type, best
         if expert_count_of(request, instance) or instance.expert_parallel_size > 1:
             way = ParallelismType.EXPERT
             return way, self.strategies[way].usual(request, instance, gpu_count)
-        if gpu_count >= GPUS_PER_HOST_COUNT:
+        if gpu_count >= USUAL_GPUS_PER_NODE_COUNT:
             way = ParallelismType.HYBRID
             return way, self.strategies[way].usual(request, instance, gpu_count)
         way = ParallelismType.TENSOR
         usable = min(gpu_count, 2 * USUAL_TENSOR_SIZE - 1)
         config = self.strategies[way].usual(request, instance, usable)
         return way, replace(config, idle_gpu_count=gpu_count - config.gpu_count)
+
+    def _best_plan(
+        self, request: RequestMetadata, model: ModelDescription, pool: GpuPool, gpu_count: int
+    ) -> ParallelismConfig:
+        result = search_plans(
+            model,
+            (pool,),
+            workload_of(request),
+            objectives_of(request),
+            PlanGoal.GOODPUT_PER_USD,
+            self._options,
+        )
+        if result.recommended is None:
+            raise InvalidRequestError([FieldViolation("gpu_count", result.summary)])
+        return behind_one_endpoint(result.recommended.config, gpu_count)
 
     def _key(
         self, request: RequestMetadata, instance: ExecutionInstance, gpu_count: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from sagecp.core.parallelism.gpu_pool import GpuPool
 from sagecp.core.parallelism.model_description import ModelDescription
@@ -34,35 +35,21 @@ def plan_space(model: ModelDescription, pool: GpuPool) -> Iterator[ParallelismCo
 
 def largest_replica_count(pool: GpuPool, config: ParallelismConfig) -> int:
     """Return how many replicas of these sizes the pool's nodes have room for; at least 1."""
+
+    def has_room(count: int) -> bool:
+        resized = replace(config, replica_count=count)
+        return required_node_count(pool.gpus_per_node_count, resized) <= pool.node_count
+
     count = max(1, pool.gpu_count // config.gpus_per_replica)
-    while (
-        count > 1 and required_node_count(pool.gpus_per_node_count, _times(config, count)) > pool.node_count
-    ):
+    while count > 1 and not has_room(count):
         count -= 1
     return count
 
 
 def with_replica_count(pool: GpuPool, config: ParallelismConfig, count: int) -> ParallelismConfig:
     """Return the plan with so many replicas."""
-    resized = _times(config, count)
-    return ParallelismConfig(
-        tensor_parallel_size=resized.tensor_parallel_size,
-        pipeline_parallel_size=resized.pipeline_parallel_size,
-        data_parallel_size=resized.data_parallel_size,
-        expert_parallel_size=resized.expert_parallel_size,
-        replica_count=count,
-        idle_gpu_count=max(0, pool.gpu_count - resized.gpu_count),
-    )
-
-
-def _times(config: ParallelismConfig, count: int) -> ParallelismConfig:
-    return ParallelismConfig(
-        tensor_parallel_size=config.tensor_parallel_size,
-        pipeline_parallel_size=config.pipeline_parallel_size,
-        data_parallel_size=config.data_parallel_size,
-        expert_parallel_size=config.expert_parallel_size,
-        replica_count=count,
-    )
+    resized = replace(config, replica_count=count)
+    return replace(resized, idle_gpu_count=max(0, pool.gpu_count - resized.gpu_count))
 
 
 def _with_replicas(

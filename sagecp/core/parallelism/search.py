@@ -80,21 +80,14 @@ def search_plans(
     plans.sort(key=lambda plan: _rank(plan, goal, has_rate=has_rate))
     if referee is not None:
         plans = _refereed(plans, goal, referee, refereed_count, has_rate=has_rate)
-    front = pareto_front(plans, at_rate=has_rate)
     if not plans:
         summary = explain_impossible(model, pools, workload, options, rejected)
         return PlanningResult(plans=(), pareto_front=(), rejected=tuple(rejected), summary=summary)
     summary, rationale = explain_choice(plans, goal, objectives, workload)
     plans[0] = replace(plans[0], config=replace(plans[0].config, rationale=rationale))
-    front = tuple(
-        plans[0]
-        if plan.config.sizes == plans[0].config.sizes and plan.gpu_name == plans[0].gpu_name
-        else plan
-        for plan in front
-    )
     return PlanningResult(
         plans=tuple(plans),
-        pareto_front=front,
+        pareto_front=pareto_front(plans, at_rate=has_rate),
         rejected=tuple(rejected),
         summary=summary,
         warnings=warnings_of(model, pools, plans, workload, options),

@@ -11,12 +11,12 @@ from sagecp.core.errors import FieldViolation, InvalidRequestError
 from sagecp.core.gpu_specifications import find_gpu, require_gpu
 from sagecp.core.parallelism.engine_options import EngineOptions
 from sagecp.core.parallelism.estimates import PlanEstimate
-from sagecp.core.parallelism.gpu_pool import GpuPool
+from sagecp.core.parallelism.gpu_pool import USUAL_GPUS_PER_NODE_COUNT, GpuPool
 from sagecp.core.parallelism.model_description import ModelDescription
 from sagecp.core.parallelism.model_knowledge import ModelKnowledge
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.parallelism.plan_space import plan_space
-from sagecp.core.parallelism.search import best_plan, search_plans
+from sagecp.core.parallelism.search import best_plan
 from sagecp.core.parallelism.serving import estimate_plan
 from sagecp.core.parallelism.validity import violations
 from sagecp.core.parallelism.workload import LengthSample, PlanGoal, PlanObjectives, Workload
@@ -25,8 +25,6 @@ from sagecp.core.types import ExecutionInstance, ParallelismType, RequestMetadat
 
 USUAL_TENSOR_SIZE = 4
 """GPUs that share each layer where nothing is known of the model and there are enough of them."""
-GPUS_PER_HOST_COUNT = 8
-"""GPUs of a common host; within it they share a fast link."""
 _USUAL_OUTPUT_TOKEN_COUNT = 256
 
 
@@ -59,11 +57,11 @@ class ParallelismStrategy(ABC):
                 message says what would make one possible.
         """
         check_gpu_count(gpu_count)
-        known = self._known(request, instance, gpu_count)
+        known = known_ground(self._knowledge, request, instance, gpu_count)
         if known is None:
             return self.usual(request, instance, gpu_count)
         model, pool = known
-        configs = [config for config in self.configs(model, pool) if config.type is self.type]
+        configs = list(self.configs(model, pool))
         plan = best_plan(
             model,
             pool,
@@ -96,9 +94,8 @@ class ParallelismStrategy(ABC):
         Raises:
             InvalidRequestError: The model or the GPU is not known, or the plan cannot be.
         """
-        gpu_count = max(1, config.gpu_count)
-        gpu = require_gpu(instance.gpu_name)
-        known = self._known(request, instance, gpu_count)
+        require_gpu(instance.gpu_name)
+        known = known_ground(self._knowledge, request, instance, max(1, config.gpu_count))
         if known is None:
             name = request.model_name or instance.model_name
             raise InvalidRequestError(
@@ -111,35 +108,12 @@ class ParallelismStrategy(ABC):
                 ]
             )
         model, pool = known
-        reasons = violations(model, replace(pool, gpu=gpu), config, self._options)
+        reasons = violations(model, pool, config, self._options)
         if reasons:
             raise InvalidRequestError([FieldViolation("config", reason) for reason in reasons])
         return estimate_plan(
             model, pool, config, self._options, workload or workload_of(request), objectives_of(request)
         )
-
-    def best_of_all(
-        self, request: RequestMetadata, instance: ExecutionInstance, gpu_count: int
-    ) -> ParallelismConfig | None:
-        """Return the best sizes of any way; ``None``: too little is known of the model or the GPU.
-
-        Raises:
-            InvalidRequestError: No plan can be; the message says what would make one possible.
-        """
-        known = self._known(request, instance, gpu_count)
-        if known is None:
-            return None
-        result = search_plans(
-            known[0],
-            (known[1],),
-            workload_of(request),
-            objectives_of(request),
-            PlanGoal.GOODPUT_PER_USD,
-            self._options,
-        )
-        if result.recommended is None:
-            raise InvalidRequestError([FieldViolation("gpu_count", result.summary)])
-        return behind_one_endpoint(result.recommended.config, gpu_count)
 
     def configs(self, model: ModelDescription, pool: GpuPool) -> Iterator[ParallelismConfig]:
         """Yield the plans of this way for some GPUs, whether they can be or not."""
@@ -150,24 +124,6 @@ class ParallelismStrategy(ABC):
         self, request: RequestMetadata, instance: ExecutionInstance, gpu_count: int
     ) -> ParallelismConfig:
         """Return sizes by rule of thumb, where nothing is known of the model."""
-
-    def _known(
-        self, request: RequestMetadata, instance: ExecutionInstance, gpu_count: int
-    ) -> tuple[ModelDescription, GpuPool] | None:
-        model = self._knowledge.find(request.model_name or instance.model_name)
-        gpu = find_gpu(instance.gpu_name)
-        if model is None or gpu is None:
-            return None
-        if instance.gpu_memory_gb:
-            gpu = replace(gpu, memory_gib=instance.gpu_memory_gb)
-        per_node_count = min(GPUS_PER_HOST_COUNT, gpu_count)
-        pool = GpuPool(
-            gpu=gpu,
-            gpus_per_node_count=per_node_count,
-            node_count=max(1, gpu_count // per_node_count),
-            usd_per_gpu_hour=instance.usd_per_gpu_hour,
-        )
-        return model, pool
 
     def _impossible(self, model: ModelDescription, pool: GpuPool, configs: list[ParallelismConfig]) -> str:
         if not configs:
@@ -187,6 +143,26 @@ def check_gpu_count(gpu_count: int) -> None:
         raise InvalidRequestError(
             [FieldViolation("gpu_count", f"is {gpu_count}; at least one GPU is needed")]
         )
+
+
+def known_ground(
+    knowledge: ModelKnowledge, request: RequestMetadata, instance: ExecutionInstance, gpu_count: int
+) -> tuple[ModelDescription, GpuPool] | None:
+    """Return the model and the GPUs that a plan can be made for; ``None``: too little is known of either."""
+    model = knowledge.find(request.model_name or instance.model_name)
+    gpu = find_gpu(instance.gpu_name)
+    if model is None or gpu is None:
+        return None
+    if instance.gpu_memory_gb:
+        gpu = replace(gpu, memory_gib=instance.gpu_memory_gb)
+    per_node_count = min(USUAL_GPUS_PER_NODE_COUNT, gpu_count)
+    pool = GpuPool(
+        gpu=gpu,
+        gpus_per_node_count=per_node_count,
+        node_count=max(1, gpu_count // per_node_count),
+        usd_per_gpu_hour=instance.usd_per_gpu_hour,
+    )
+    return model, pool
 
 
 def behind_one_endpoint(config: ParallelismConfig, gpu_count: int) -> ParallelismConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sagecp.core.parallelism.gpu_pool import USUAL_GPUS_PER_NODE_COUNT
 from sagecp.core.parallelism.parallelism_config import ParallelismConfig
-from sagecp.core.parallelism.strategy import GPUS_PER_HOST_COUNT, ParallelismStrategy, largest_power_of_two
+from sagecp.core.parallelism.strategy import ParallelismStrategy, largest_power_of_two
 from sagecp.core.types import ExecutionInstance, ParallelismType, RequestMetadata
 
 
@@ -20,7 +21,7 @@ class TensorParallelism(ParallelismStrategy):
         self, request: RequestMetadata, instance: ExecutionInstance, gpu_count: int
     ) -> ParallelismConfig:
         """Return the largest tensor size within a host."""
-        tensor = largest_power_of_two(min(gpu_count, GPUS_PER_HOST_COUNT))
+        tensor = largest_power_of_two(min(gpu_count, USUAL_GPUS_PER_NODE_COUNT))
         return ParallelismConfig(
             tensor_parallel_size=tensor,
             idle_gpu_count=gpu_count - tensor,

@@ -113,7 +113,7 @@ def engine_time(request: RequestRow, candidate: CandidateRow, choice_count: int 
     prompt_s = step.prefill_s(uncached, prompt, decodes, context, BATCH_TOKEN_COUNT)
     if decodes:
         step_count = math.ceil(uncached / max(1, BATCH_TOKEN_COUNT - decodes))
-        per_token_s = (step.overhead_s + step.compute_base_s) / BATCH_TOKEN_COUNT + step.compute_per_token_s
+        per_token_s = step.full_step_token_s(BATCH_TOKEN_COUNT)
         beside_s = step_count * (decodes * per_token_s + step.context_per_token_s * context)
         prompt_s = max(0.0, prompt_s - beside_s)
     token_s = (step.overhead_s + step.memory_base_s) / (decodes + choice_count) + step.memory_per_token_s

@@ -132,6 +132,17 @@ class LoadHistory:
                     total[:, number - self._first] += values
         return dict(zip(QUANTITIES, total, strict=True))
 
+    def recent(self, model: str, bucket_count: int) -> Mapping[str, float]:
+        """Return what the last finished buckets hold of a model together, by quantity."""
+        total = [0.0] * len(QUANTITIES)
+        for (its_model, _), series in self._series.items():
+            if its_model != model:
+                continue
+            for number in range(self._current - bucket_count, self._current):
+                for index, value in enumerate(series.get(number, ())):
+                    total[index] += value
+        return dict(zip(QUANTITIES, total, strict=True))
+
     @property
     def end_s(self) -> float:
         """Where the finished buckets end, Unix seconds."""

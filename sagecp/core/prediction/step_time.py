@@ -116,9 +116,13 @@ class StepTimeParameters:
         ``((o + b0)/B + b1)*u + d*u*(L - u/2)``: what it adds to the backlog of
         an engine, where ``prefill_s`` is what it waits for.
         """
-        per_token_s = (self.overhead_s + self.compute_base_s) / batch_tokens + self.compute_per_token_s
+        per_token_s = self.full_step_token_s(batch_tokens)
         pair_count = max(0.0, prompt_token_count - 0.5 * uncached_token_count)
         return uncached_token_count * (per_token_s + self.attention_per_token_pair_s * pair_count)
+
+    def full_step_token_s(self, batch_tokens: float = DEFAULT_BATCH_TOKENS) -> float:
+        """Return the share of one token in a full step, attention aside: ``(o + b0)/B + b1``, in seconds."""
+        return (self.overhead_s + self.compute_base_s) / batch_tokens + self.compute_per_token_s
 
     def _linear_s(self, token_count: float) -> float:
         memory_s = self.memory_base_s + self.memory_per_token_s * token_count

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sagecp.core.instance_record import InstanceRecord
-from sagecp.core.parallelism.parallelism_config import ParallelismConfig, config_of
+from sagecp.core.parallelism.parallelism_config import ParallelismConfig
 from sagecp.core.prediction.book import InstanceKind
 from sagecp.core.prediction.step_time_accuracy import lone_deviant
 
@@ -93,7 +93,7 @@ def _report_of(
     return StepTimeReport(
         model=spec.model_name,
         gpu_name=spec.gpu_name,
-        config=config_of(spec),
+        config=members[0].plan,
         source=accuracy.planned.source,
         observation_count=accuracy.total.count,
         ratio=ratio,

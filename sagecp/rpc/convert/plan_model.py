@@ -10,13 +10,12 @@ from typing import Any, NoReturn
 
 from sagecp.core.errors import FieldViolation, InvalidRequestError
 from sagecp.core.parallelism.known_models import KNOWN_MODELS, find_model
-from sagecp.core.parallelism.model_config import parse_model_config
+from sagecp.core.parallelism.model_config import MAX_CONFIG_BYTES, parse_model_config
 from sagecp.core.parallelism.model_config_fields import ROOT
 from sagecp.core.parallelism.model_description import ExpertShape, ModelDescription, WeightFormat
 from sagecp.rpc.convert.field_checks import FieldChecks
 from sagecp.v1 import admin_service_pb2, parallelism_pb2
 
-MAX_CONFIG_BYTES = 256 << 10
 _MAX_NAME_LENGTH = 256
 _MAX_SIZE = 10_000_000
 # Of a shape that does not tell: Llama's.

@@ -34,7 +34,7 @@ class AdminServicer(admin_service_pb2_grpc.AdminServiceServicer):
     def __init__(self, manager: ControlPlaneManager) -> None:
         self._manager = manager
         self._metrics = MetricsSnapshots(manager)
-        self._plans = PlanAnswers(prices=manager.scheduler.config.prices.by_kind())
+        self._plans = PlanAnswers(manager.planner, manager.scheduler.config.prices.by_kind())
 
     def close_watches(self) -> None:
         """End every stream of metrics, so that a stopping server need not wait for its readers."""

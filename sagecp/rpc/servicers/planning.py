@@ -24,12 +24,12 @@ class PlanAnswers:
     """Answers `PlanParallelism`.
 
     Args:
-        planner: Searches; default: in processes of their own.
+        planner: Searches.
         prices: Rent of one GPU for an hour, by the short name of its kind.
     """
 
-    def __init__(self, planner: Planner | None = None, prices: Mapping[str, float] | None = None) -> None:
-        self._planner = planner or Planner()
+    def __init__(self, planner: Planner, prices: Mapping[str, float] | None = None) -> None:
+        self._planner = planner
         self._prices = dict(prices or {})
 
     async def answer(self, request: pb.PlanParallelismRequest) -> pb.PlanParallelismResponse:
