@@ -6,7 +6,7 @@ import enum
 import heapq
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from sagecp.core.choice import Choice, choose
 from sagecp.core.fleet import Fleet
@@ -16,6 +16,7 @@ from sagecp.core.plan_preference import plan_mismatches
 from sagecp.core.policies.base import PolicyContext, PolicyVerdict, SchedulingPolicy
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.prediction.placement import BATCH_TOKEN_COUNT, miss_probability, predict
+from sagecp.core.prediction.residual import LARGEST_SIGMA
 from sagecp.core.prefix_index import PrefixIndex
 from sagecp.core.receipts import kept_inputs, kept_scores
 from sagecp.core.request import RequestRecord
@@ -171,25 +172,30 @@ class Dispatcher:
         open_instances = self._fleet.with_room_for(record, OPEN_CANDIDATE_LIMIT, kept_from)
         if not open_instances:
             return self._leave_waiting(record)
-        matches = self._index.match(record.digest.block_hashes) if record.digest.block_hashes else {}
-        if len(open_instances) == OPEN_CANDIDATE_LIMIT:
-            self._add_sought(record, open_instances, matches, kept_from)
-        usable = self._prefer_untried(record, open_instances)
-        if not usable:
-            return _Verdict.PASSED
-        # How long the answer gets is a guess: a preference, and nothing to wait for.
-        expected = record.expected_token_count
-        usable = [instance for instance in usable if instance.token_limit >= expected] or usable
         policy = self.policy
-        instances = list(usable)
-        if policy.is_patient and self.strategy.is_loss:
-            instances += self._closed_candidates(record, matches, now)
         may_demote = (
             may_demote
             and policy.demotes
             and not record.demoted
             and record.metadata.priority is not RequestPriority.CRITICAL
         )
+        usable = self._prefer_untried(record, open_instances)
+        # Before anything is looked up: after a standstill the whole queue is overdue.
+        if may_demote and usable and self._is_overdue(record, None, now):
+            line.demote(record)
+            return _Verdict.DEMOTED
+        matches = self._index.match(record.digest.block_hashes) if record.digest.block_hashes else {}
+        if len(open_instances) == OPEN_CANDIDATE_LIMIT:
+            self._add_sought(record, open_instances, matches, kept_from)
+            usable = self._prefer_untried(record, open_instances)
+        if not usable:
+            return _Verdict.PASSED
+        # How long the answer gets is a guess: a preference, and nothing to wait for.
+        expected = record.expected_token_count
+        usable = [instance for instance in usable if instance.token_limit >= expected] or usable
+        instances = list(usable)
+        if policy.is_patient and self.strategy.is_loss:
+            instances += self._closed_candidates(record, matches, now)
         if may_demote and self._is_overdue(record, instances, now):
             line.demote(record)
             return _Verdict.DEMOTED
@@ -396,17 +402,20 @@ class Dispatcher:
         )
         return PlacementInputs(self.request_row(record, now), rows, self.parameters)
 
-    def _is_overdue(self, record: RequestRecord, instances: list[InstanceRecord], now: float) -> bool:
+    def _is_overdue(
+        self, record: RequestRecord, instances: Sequence[InstanceRecord] | None, now: float
+    ) -> bool:
         """Return whether a request has waited so long that it is hopeless however fast an instance were.
 
-        What :meth:`_is_hopeless` would find for zero seconds to the first token, and the
-        widest spread: after a standstill thousands of requests are, and each would cost rows.
+        What :meth:`_is_hopeless` would find for zero seconds to the first token and the widest
+        spread among the instances, or that any could have where they are not known yet:
+        thousands of requests may be overdue, and each would cost rows.
         """
         waited_s, objective_s = now - record.arrival_s, record.ttft_objective_s
         if waited_s < objective_s:
             return False
         threshold = max(0.5, self.parameters["slo_aware.demote_probability"])
-        sigma = max(instance.load.ttft.sigma for instance in instances)
+        sigma = LARGEST_SIGMA if instances is None else max(each.load.ttft.sigma for each in instances)
         sigma = max(sigma, self.parameters["predicted_latency.ttft_sigma"])
         return miss_probability(waited_s, objective_s, sigma) > threshold
 

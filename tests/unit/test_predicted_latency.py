@@ -8,6 +8,8 @@ import random
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sagecp.core.prediction.placement import miss_probability, predict
 from sagecp.core.router.balancers.predicted_latency import PredictedLatencyBalancer
@@ -111,6 +113,22 @@ def test_a_prompt_that_is_cached_as_a_whole_still_computes_a_token() -> None:
 )
 def test_the_chance_to_miss(predicted_s: float, objective_s: float, chance: float) -> None:
     assert miss_probability(predicted_s, objective_s, 1.0) == pytest.approx(chance, abs=1e-6)
+
+
+@given(
+    waited_s=st.floats(1e-3, 1e6),
+    objective_share=st.floats(1e-6, 1.0),
+    further_s=st.floats(0.0, 1e6),
+    sigmas=st.tuples(st.floats(0.05, 8.0), st.floats(0.05, 8.0)),
+)
+def test_who_is_late_already_is_no_likelier_in_time_for_more_delay_or_less_doubt(
+    waited_s: float, objective_share: float, further_s: float, sigmas: tuple[float, float]
+) -> None:
+    """What lets the dispatcher call a request hopeless before it knows where it could go."""
+    objective_s = waited_s * objective_share
+    least, largest = sorted(sigmas)
+    overdue = miss_probability(waited_s, objective_s, largest)
+    assert miss_probability(waited_s + further_s, objective_s, least) >= overdue >= 0.5
 
 
 def test_terms_and_reason_say_what_was_predicted() -> None:

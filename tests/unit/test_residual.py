@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagecp.core.prediction.residual import Residual
+from sagecp.core.prediction.residual import LARGEST_SIGMA, Residual
 
 
 def feed(residual: Residual, ratios: list[float], start_s: float = 0.0) -> float:
@@ -131,7 +131,7 @@ def test_it_stays_within_bounds_whatever_is_observed(observations: list[tuple[fl
         now += wait_s
         residual.observe(predicted_s, observed_s, now)
         assert 1 / 50 - 1e-9 <= residual.factor(now) <= 50 + 1e-9
-        assert 0.05 <= residual.sigma < 10
+        assert 0.05 <= residual.sigma <= LARGEST_SIGMA
     assert 1 / 50 - 1e-9 <= residual.factor(now + 30) <= 50 + 1e-9
 
 

@@ -8,6 +8,8 @@ _LARGEST_LOG = math.log(50.0)
 _JUMP_LOG = math.log(2.0)
 _JUMP_COUNT = 3
 _LEAST_SIGMA = 0.05
+# No observation is farther from the mean than both are from 0.
+LARGEST_SIGMA = 2.0 * _LARGEST_LOG
 _PRIOR_SIGMA = 0.35
 # The prior spread counts as this many observations.
 _PRIOR_SIGMA_COUNT = 2
