@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from sagecp.core.dispatcher import OPEN_CANDIDATE_LIMIT, Dispatcher
+from sagecp.core.candidates import OPEN_CANDIDATE_LIMIT
+from sagecp.core.dispatcher import Dispatcher
 from sagecp.core.errors import InfeasibleError
 from sagecp.core.fleet import Fleet
 from sagecp.core.instance_record import InstanceRecord
 from sagecp.core.placement import CandidateRow, RequestRow
+from sagecp.core.placement_rows import candidate_row, request_row
 from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.prediction.cost import request_cost_usd
 from sagecp.core.prediction.placement import BATCH_TOKEN_COUNT, predict
@@ -30,7 +32,7 @@ class Admission:
         queue: What waits.
         index: Who holds the start of which prompt.
         book: What was learned.
-        dispatcher: Sees requests and instances as rows.
+        dispatcher: Knows the policy in force.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Admission:
         rows = self._rows(record, now)
         if not rows:
             return
-        request = self._dispatcher.request_row(record, now)
+        request = request_row(record, now)
         if metadata.cost_budget is not None:
             self._check_budget(request, rows, parameters, metadata.choice_count)
         if metadata.slo_deadline_ms is not None and parameters["admission.refuse_infeasible"] >= 0.5:
@@ -120,9 +122,7 @@ class Admission:
         block_tokens = record.digest.block_token_count
         most_cached = record.prompt_token_count - 1
         return [
-            self._dispatcher.candidate_row(
-                each, min(most_cached, matches.get(each.instance_id, 0) * block_tokens), 0.0, now
-            )
+            candidate_row(each, min(most_cached, matches.get(each.instance_id, 0) * block_tokens), 0.0, now)
             for each in instances.values()
             if each.state is InstanceState.READY and each.load.kind.trusted
         ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from sagecp.core.fleet import Fleet
 from sagecp.core.instance_record import InstanceRecord
-from sagecp.core.placement import CandidateRow, RequestRow
+from sagecp.core.placement import CandidateRow
+from sagecp.core.placement_rows import candidate_row, request_row
 from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.prediction.cost import (
     CostBasis,
@@ -35,9 +35,6 @@ _REFERENCE_OUTPUT_TOKENS = 256.0
 # Of an instance where requests end more often than this, not each is compared with its prediction.
 _OBSERVE_INTERVAL_S = 0.5
 
-RequestRowOf = Callable[[RequestRecord, float], RequestRow]
-CandidateRowOf = Callable[[InstanceRecord, int, float, float], CandidateRow]
-
 
 class _Offer(NamedTuple):
     """An instance on which a request could run."""
@@ -53,17 +50,11 @@ class CostBook:
     Args:
         fleet: The instances.
         book: How long answers get; told how right predictions were.
-        request_row: Sees a request as placements do.
-        candidate_row: Sees an instance as placements do.
     """
 
-    def __init__(
-        self, fleet: Fleet, book: PredictionBook, request_row: RequestRowOf, candidate_row: CandidateRowOf
-    ) -> None:
+    def __init__(self, fleet: Fleet, book: PredictionBook) -> None:
         self._fleet = fleet
         self._book = book
-        self._request_row = request_row
-        self._candidate_row = candidate_row
         # By model, with the time that they were looked up.
         self._offers: dict[str, tuple[float, list[_Offer]]] = {}
 
@@ -141,7 +132,7 @@ class CostBook:
         offers = self._offers_of(record, now)
         if not offers:
             return None
-        request, choices = self._request_row(record, now), record.metadata.choice_count
+        request, choices = request_row(record, now), record.metadata.choice_count
         _, number, curve = min(
             (
                 offer.row.usd_per_hour * offer.factor * curve.seconds(request.output_token_count),
@@ -166,7 +157,7 @@ class CostBook:
         return offers
 
     def _look_up_offers(self, record: RequestRecord, now: float) -> list[_Offer]:
-        request = self._request_row(record, now)
+        request = request_row(record, now)
         instances = self._fleet.with_room_for(record, _LOOKED_AT_LIMIT)
         instances += self._fleet.closed_gates(record.model, _LOOKED_AT_LIMIT)
         if not instances:
@@ -175,7 +166,7 @@ class CostBook:
         for instance in instances:
             if instance.state is not InstanceState.READY or not instance.usd_per_hour > 0.0:
                 continue
-            row = self._candidate_row(instance, 0, 0.0, now)
+            row = candidate_row(instance, 0, 0.0, now)
             offer = _Offer(row, instance.cost_residual.factor(now), instance.cost_residual.sigma)
             reference_s = engine_time(request, row).seconds(_REFERENCE_OUTPUT_TOKENS)
             usd = reference_s * offer.factor * row.usd_per_hour

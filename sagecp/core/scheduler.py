@@ -38,6 +38,7 @@ from sagecp.core.prediction.book import PredictionBook
 from sagecp.core.prediction.learning import learn_output
 from sagecp.core.prediction.placement import predict
 from sagecp.core.prediction.step_time_accuracy import PlannedStepTime
+from sagecp.core.prefill_gates import PrefillGates
 from sagecp.core.prefix_index import PrefixIndex
 from sagecp.core.request import RequestRecord
 from sagecp.core.request_queue import RequestQueue
@@ -86,16 +87,21 @@ class Scheduler:
             config.queue_shares,
         )
         self.service_books = ServiceBooks()
+        self._gates = PrefillGates(self.fleet)
         self._dispatcher = Dispatcher(
-            self.fleet, self.queue, self.prefixes, self.service_books, random.Random(config.seed), self._start
+            self.fleet,
+            self._gates,
+            self.queue,
+            self.prefixes,
+            self.service_books,
+            random.Random(config.seed),
+            self._start,
         )
         self.adaptation = AdaptationBook()
         self.adaptation.configure(self.settings.current.values, 0.0)
         self._dispatcher.configure(self.settings.current, self.adaptation.verdict)
         self._admission = Admission(self.fleet, self.queue, self.prefixes, self.book, self._dispatcher)
-        self.costs = CostBook(
-            self.fleet, self.book, self._dispatcher.request_row, self._dispatcher.candidate_row
-        )
+        self.costs = CostBook(self.fleet, self.book)
         self._requests: dict[str, RequestRecord] = {}
         # Deadlines, and the longest wait of requests without one.
         self._deadlines = DeadlineHeap()
@@ -276,7 +282,7 @@ class Scheduler:
         if instance is not None:
             instance.load.note_first_token(record.request_id, now)
             instance.meter.note_first_token(record.request_id, now)
-            self._dispatcher.settle_gate(instance, now)
+            self._gates.settle(instance, now)
         if event.prompt_block_hashes:
             self.cache_reports.link(record.digest, event.prompt_token_count, event.prompt_block_hashes)
         if record.dispatch_s is not None:
@@ -403,7 +409,7 @@ class Scheduler:
         record.pinned_block_count = 0
         released = self.fleet.release(record)
         if released is not None:
-            self._dispatcher.settle_gate(released, now)
+            self._gates.settle(released, now)
         used_s = record.cost_s
         if output_tokens is not None and record.expected_output_token_count > 0:
             decode_s = record.cost_s - record.work_s
@@ -464,7 +470,7 @@ class Scheduler:
         if line is not None:
             line.note_dispatch(record, record.cost_s)
         self.fleet.settle(instance)
-        self._dispatcher.settle_gate(instance, now)
+        self._gates.settle(instance, now)
         self._effects.append(fx.DispatchAttempt(record, record.epoch, instance.instance_id, decision))
 
     def _note_prefix(self, record: RequestRecord, instance: InstanceRecord, now: float) -> None:
@@ -503,7 +509,7 @@ class Scheduler:
         self._dispatcher.configure(self.settings.current, self.adaptation.verdict)
         self.queue.reorder(self._dispatcher.policy.new_line)
         for instance in self.fleet:
-            self._dispatcher.settle_gate(instance, now)
+            self._gates.settle(instance, now)
 
     def _on_policies_evaluated(
         self, event: ev.PoliciesEvaluated, now: float, effects: list[fx.Effect]

@@ -8,13 +8,8 @@ from typing import Any
 import pytest
 
 from sagecp.core import events as ev
-from sagecp.core.dispatcher import (
-    CLOSED_CANDIDATE_LIMIT,
-    DEMOTION_LIMIT,
-    STEP_OVER_LIMIT,
-    WAITER_LIMIT,
-    WHOLE_FLEET_LIMIT,
-)
+from sagecp.core.candidates import CLOSED_CANDIDATE_LIMIT, WAITER_LIMIT, WHOLE_FLEET_LIMIT
+from sagecp.core.dispatcher import DEMOTION_LIMIT, STEP_OVER_LIMIT
 from sagecp.core.policies.registry import SCHEDULING_POLICIES
 from sagecp.core.prediction.step_time import StepTimeParameters
 from sagecp.core.types import PromptDigest, RequestPriority
