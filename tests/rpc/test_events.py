@@ -17,6 +17,7 @@ from sagecp.core.fleet_event import EventKind, EventSeverity
 from sagecp.rpc.server import ControlPlaneServer
 from sagecp.v1 import admin_service_pb2, event_pb2, fleet_service_pb2
 from tests.support.rpc_rig import WAIT_S, Rig, failure_of, fields_of, reason_of, running_rig
+from tests.support.samples import samples_of
 from tests.support.waiting import until
 
 pb = admin_service_pb2
@@ -198,7 +199,12 @@ async def test_steps_slower_than_planned_are_told_and_so_is_their_end(rig: Rig) 
     (accuracy,) = status.step_time_accuracy
     assert accuracy.drifting
     assert accuracy.observed_ratio == pytest.approx(2.0)
+    kind = ("gpu", spec.gpu_name), ("model", "llama-3.1-8b"), ("plan", "TP1")
+    samples = await samples_of(rig)
+    assert samples["sagecp_step_time_drifting", *kind] == 1
+    assert samples["sagecp_step_time_ratio", *sorted((*kind, ("phase", "decode")))] == pytest.approx(2.0)
     steps(1.0, 2000)
+    assert (await samples_of(rig))["sagecp_step_time_drifting", *kind] == 0
     async with SageClient(rig.server.address) as client:
         told = [each async for each in client.list_events(kinds=[EventKind.PREDICTION_DRIFT])]
     over, begun = told

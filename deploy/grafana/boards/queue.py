@@ -97,6 +97,12 @@ _DECISIONS = Row(
             description="Above 1, things take longer than predicted.",
         ),
         Panel(
+            "Observed by planned step time",
+            [Query('sagecp_step_time_ratio{MODEL, phase="all"}', "{{model}} {{gpu}} {{plan}}")],
+            description="Above 1, steps take longer than the plan says.",
+            limits=(1.2, 1.5),
+        ),
+        Panel(
             "Predictions compared per second",
             [summed_rate("sagecp_predictions_compared_total", "JOB", "quantity")],
         ),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from sagecp.core.prediction.step_time_report import StepTimeReport
 from sagecp.core.scheduler import Scheduler
 from sagecp.core.types import RequestPriority
 from sagecp.rpc.telemetry.families import gauges
@@ -178,21 +179,7 @@ def _predictions(manager: ControlPlaneManager) -> Iterator[str]:
             )
         ],
     )
-    yield gauges(
-        "sagecp_step_time_ratio",
-        "Observed by planned step time of late, by kind of instance; above 1: slower than planned.",
-        ("model", "gpu", "plan", "phase"),
-        [
-            ((report.model, report.gpu_name, str(report.config), phase), value)
-            for report in manager.step_time_accuracy()
-            for phase, value in (
-                ("all", report.ratio),
-                ("decode", report.decode_ratio),
-                ("prefill", report.prefill_ratio),
-            )
-            if value is not None
-        ],
-    )
+    yield from _step_times(manager.step_time_accuracy())
     yield gauges(
         "sagecp_prediction_coverage_ratio",
         "Share of actual values at or below the predicted upper bound.",
@@ -202,6 +189,31 @@ def _predictions(manager: ControlPlaneManager) -> Iterator[str]:
             for quantity, each in accuracy.items()
             if each.upper_coverage is not None
         ],
+    )
+
+
+def _step_times(reports: Iterable[StepTimeReport]) -> Iterator[str]:
+    kinds = [((each.model, each.gpu_name, str(each.config)), each) for each in reports]
+    yield gauges(
+        "sagecp_step_time_ratio",
+        "Observed by planned step time of late, by kind of instance; above 1: slower than planned.",
+        ("model", "gpu", "plan", "phase"),
+        [
+            ((*kind, phase), value)
+            for kind, report in kinds
+            for phase, value in (
+                ("all", report.ratio),
+                ("decode", report.decode_ratio),
+                ("prefill", report.prefill_ratio),
+            )
+            if value is not None
+        ],
+    )
+    yield gauges(
+        "sagecp_step_time_drifting",
+        "1 while a kind of instance is off its planned step time by more than prediction.step_time_drift.",
+        ("model", "gpu", "plan"),
+        [(kind, float(report.drifting)) for kind, report in kinds],
     )
 
 
