@@ -15,6 +15,9 @@ out of the garbage collector before a cell is measured; young objects are
 collected as ever. Each fleet has a process of its own, or one would pay for
 what another left behind.
 
+A machine that is shared changes its pace: the time of a fixed loop, taken in
+between, tells how fast it was in each row.
+
 Under a policy that demotes, a row marked ``*`` follows those with a target: how
 long calls take while one waiting request after the other becomes hopeless.
 
@@ -77,6 +80,7 @@ TARGETS_MS = {(100, 100_000): 0.3, (10_000, 1_000_000): 1.0}
 IDLE = 0
 # Idle decisions come from this share of the fleet's pace.
 IDLE_PACE = 0.5
+_LOOP_INTERVAL = 50
 # Until what waits becomes hopeless, at most so many requests end: a large fleet needs too many.
 STANDSTILL_CYCLE_COUNT = 10_000
 _NONE = (math.nan, math.nan)
@@ -122,6 +126,18 @@ class Times:
             f"{len(self.clock_ns):7,} {self.quantile_us(0.5):8.1f} {self.quantile_us(0.99):8.1f} "
             f"{max(self.clock_ns) / 1000:8.0f} {self.quantile_us(0.99, of_cpu=True):8.1f}"
         )
+
+
+def fixed_loop_us() -> float:
+    """Run a loop that is always the same; return its time: shared machines change their pace."""
+    start_ns = time.perf_counter_ns()
+    values: dict[int, float] = {}
+    total = 0.0
+    for number in range(1000):
+        values[number % 64] = total
+        total += values.get(number % 37, 0.5) * 0.25 + max(0.25, total * 0.5)
+        total %= 1000.0
+    return (time.perf_counter_ns() - start_ns) / 1000
 
 
 def make_digests(with_digests: bool) -> list[PromptDigest]:
@@ -173,6 +189,8 @@ class Fleet:
         self.others = Times()
         # What a collection of everything takes, of what waits and runs as well.
         self.collection_s = math.nan
+        # Of a fixed loop, in between.
+        self.fixed_loop_us = math.nan
         for number in range(instance_count):
             instance = ExecutionInstance(
                 instance_id=f"engine-{number:05d}",
@@ -290,8 +308,12 @@ class Fleet:
         self.collection_s = time.perf_counter() - start_s
         gc.freeze()
         self.dispatches, self.decisions, self.queueings, self.others = Times(), Times(), Times(), Times()
-        for _ in range(cycle_count):
+        loops_us = []
+        for number in range(cycle_count):
+            if number % _LOOP_INTERVAL == 0:
+                loops_us.append(fixed_loop_us())
             cycle()
+        self.fixed_loop_us = statistics.median(loops_us)
         gc.unfreeze()
 
     @property
@@ -349,7 +371,8 @@ def print_row(
     print(
         f"{instance_count:9,} {depth:9,}{mark}|{fleet.dispatches.cells()} |{fleet.queueings.cells()} "
         f"|{fleet.others.cells()} |{fleet.decisions.quantile_us(0.5):8.1f} "
-        f"{fleet.decisions.quantile_us(0.99):8.1f} |{fleet.collection_s:7.3f}{verdict}",
+        f"{fleet.decisions.quantile_us(0.99):8.1f} |{fleet.collection_s:7.3f} "
+        f"{fleet.fixed_loop_us:5.0f}{verdict}",
         flush=True,
     )
 
@@ -390,33 +413,20 @@ def print_exponents(medians_us: Medians) -> None:
 
 def run_setup(setup: Setup, grid: Sequence[tuple[int, Sequence[int]]], cycle_count: int) -> None:
     """Print a table of one setup, and the exponents where there is enough for a fit."""
-    print(f"\n{setup}; us of clock time; cpu99: p99 of CPU time; gc: s of a whole collection")
+    print(
+        f"\n{setup}; us of clock time; cpu99: p99 of CPU time; "
+        "gc: s of a whole collection; loop: us of a fixed loop"
+    )
     columns = "  calls      p50      p99      max    cpu99"
     kinds = ("dispatching calls", "queueing arrivals", "others")
     print(f"{'':19} |" + " |".join(name.center(44) for name in kinds) + " |    a decision")
-    print(f"{'instances'} {'queued':>9} |{columns} |{columns} |{columns} |     p50      p99 |     gc")
+    print(f"{'instances'} {'queued':>9} |{columns} |{columns} |{columns} |     p50      p99 |     gc  loop")
     medians_us: Medians = {}
-    before_us = reference_loop_us()
     # A new process for each.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for instance_count, depths in grid:
             medians_us |= processes.submit(run_column, setup, instance_count, depths, cycle_count).result()
-    print(f"a fixed loop of Python took {before_us:.0f} us before, and {reference_loop_us():.0f} us after")
     print_exponents(medians_us)
-
-
-def reference_loop_us() -> float:
-    """Return what a fixed loop takes at present, median of many: shared machines change their pace."""
-    times_ns = []
-    for _ in range(200):
-        start_ns = time.perf_counter_ns()
-        values: dict[int, float] = {}
-        total = 0.0
-        for number in range(1000):
-            values[number % 64] = total
-            total += values.get(number % 37, 0.5) * 0.25 + max(0.25, total * 0.5)
-        times_ns.append(time.perf_counter_ns() - start_ns)
-    return statistics.median(times_ns) / 1000
 
 
 def processor_name() -> str:

@@ -36,6 +36,9 @@ STEP_OVER_LIMIT = 32
 # the whole queue may be hopeless, and to find that at once would stop everything else.
 DEMOTION_LIMIT = 64
 
+# Rank of a head that is compared with none.
+_ONLY = (0.0, 0)
+
 Start = Callable[[RequestRecord, InstanceRecord, SchedulingDecision, float], None]
 
 
@@ -120,18 +123,17 @@ class Dispatcher:
         fleet, queue = self._fleet, self._queue
         for instance in fleet.pop_openings(now):
             self._gates.settle(instance, now)
-        heads = [
-            (line.rank(now), model, line)
-            for model, line in queue.lines()
-            if fleet.is_open(model) and len(line)
-        ]
-        if not heads:
+        waiting = [(model, line) for model, line in queue.lines() if fleet.is_open(model) and len(line)]
+        if not waiting:
             return
         if self._membership_version != fleet.membership_version:
             self._membership_version = fleet.membership_version
             self.strategy.note_fleet(sorted(instance.instance_id for instance in fleet))
-        heapq.heapify(heads)
         self._kept_from.clear()
+        # With one line there is nothing to compare: ranks cost as much as heads.
+        is_one = len(waiting) == 1
+        heads = [(_ONLY if is_one else line.rank(now), model, line) for model, line in waiting]
+        heapq.heapify(heads)
         passed: dict[str, int] = {}
         stepped: dict[str, WaitingLine] = {}
         demoted_count = 0
@@ -151,8 +153,8 @@ class Dispatcher:
                     continue
                 line.step_over()
                 stepped[model] = line
-            if len(line) and line.head(now) is not None:
-                heapq.heappush(heads, (line.rank(now), model, line))
+            if len(line) and fleet.is_open(model):
+                heapq.heappush(heads, (_ONLY if is_one else line.rank(now), model, line))
         for line in stepped.values():
             line.step_back()
 
