@@ -12,7 +12,7 @@ of them a decision: what a decision took is the call's time by their number.
 Half of the prompts begin with one of 64 shared starts where prompts have
 digests, so that the prefix index and locality are at work. What waits is frozen
 out of the garbage collector before a cell is measured; young objects are
-collected as ever. Each fleet has a process of its own, or one would pay for
+collected as a server does it. Each fleet has a process of its own, or one would pay for
 what another left behind.
 
 A machine that is shared changes its pace: the time of a fixed loop, taken in
@@ -61,6 +61,7 @@ from sagecp.core.types import (
     RequestMetadata,
     RequestPriority,
 )
+from sagecp.runtime.event_loop import patient_collector
 
 MODEL = "bench-model"
 POLICIES = ("slo_aware", "priority", "fifo", "adaptive", "cost_optimized")
@@ -309,10 +310,11 @@ class Fleet:
         gc.freeze()
         self.dispatches, self.decisions, self.queueings, self.others = Times(), Times(), Times(), Times()
         loops_us = []
-        for number in range(cycle_count):
-            if number % _LOOP_INTERVAL == 0:
-                loops_us.append(fixed_loop_us())
-            cycle()
+        with patient_collector():
+            for number in range(cycle_count):
+                if number % _LOOP_INTERVAL == 0:
+                    loops_us.append(fixed_loop_us())
+                cycle()
         self.fixed_loop_us = statistics.median(loops_us)
         gc.unfreeze()
 

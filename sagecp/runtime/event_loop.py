@@ -21,7 +21,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
     On uvloop where it is installed: a third less CPU per token.
     """
-    with _patient_collector():
+    with patient_collector():
         try:
             import uvloop
         except ImportError:
@@ -30,8 +30,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 @contextlib.contextmanager
-def _patient_collector() -> Iterator[None]:
-    """Have the garbage collector look at many long-lived objects less often."""
+def patient_collector() -> Iterator[None]:
+    """Have the garbage collector look at many long-lived objects less often, as a server does."""
     before = gc.get_threshold()
     gc.set_threshold(*_COLLECTOR_THRESHOLDS)
     try:
