@@ -182,13 +182,17 @@ def test_work_is_spread_and_explained(
             admin_service_pb2.UpdateSchedulingConfigRequest(config=before), timeout=10
         )
     assert used == set(engines)
-    explained = inference.ExplainRequest(
-        inference_service_pb2.ExplainRequestRequest(request_id=ids[-1]), timeout=10
-    )
-    (decision,) = explained.decisions
-    assert decision.reason
-    assert decision.instance_id == explained.request.instance_id == decision.candidates[0].instance_id
-    assert decision.candidate_count == 2
+    candidate_counts = []
+    for request_id in ids:
+        explained = inference.ExplainRequest(
+            inference_service_pb2.ExplainRequestRequest(request_id=request_id), timeout=10
+        )
+        (decision,) = explained.decisions
+        assert decision.reason
+        assert decision.instance_id == explained.request.instance_id == decision.candidates[0].instance_id
+        candidate_counts.append(decision.candidate_count)
+    # An engine that has prefill enough for the moment is no candidate, an idle one always is.
+    assert max(candidate_counts) == 2
 
 
 def test_agents_report_what_the_engine_says(
